@@ -1,0 +1,37 @@
+"""Text to training rows: documents, tokenizers, a memory-mapped token store and packing. Needs numpy only.
+
+data = prepare("stdlib", load_tokenizer("bytes"), "store")
+row = PackedRows(data.train, seq_len=512, seed=0)[0]
+"""
+
+from bmojo.data.documents import Document, read_documents
+from bmojo.data.packing import IGNORED_LABEL, PackedRows, single_document_windows
+from bmojo.data.store import TextData, TokenStore, prepare, require_length
+from bmojo.data.tokenizers import (
+    ByteTokenizer,
+    FileTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    load_tokenizer,
+    token_dtype,
+    train_bpe,
+)
+
+__all__ = [
+    "IGNORED_LABEL",
+    "ByteTokenizer",
+    "Document",
+    "FileTokenizer",
+    "PackedRows",
+    "StreamDecoder",
+    "TextData",
+    "TokenStore",
+    "Tokenizer",
+    "load_tokenizer",
+    "prepare",
+    "read_documents",
+    "require_length",
+    "single_document_windows",
+    "token_dtype",
+    "train_bpe",
+]

@@ -1,0 +1,210 @@
+"""One frozen, validated configuration of the whole family. Presets (the named corners) are in `bmojo.presets`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from bmojo.errors import ConfigError, nearest
+
+LAYERS = ("attention", "ssm", "bmojo")
+SSMS = ("ssd", "gdn")
+FADINGS = ("window", "summary")
+POSITIONS = ("true", "compact")
+INNOVATIONS = ("rls", "ema", "state", "head", "random", "recent", "first")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A language model of the B'MOJO family.
+
+    `pattern` names the kind of each layer and is repeated over the depth:
+
+    - `"attention"` reads the window alone (`window=None`: the whole past, a Transformer);
+    - `"ssm"` reads the fading state alone (Mamba-2, gated delta net);
+    - `"bmojo"` reads window, fading tokens and eidetic slots in one softmax.
+
+    Sizes are in tokens. `window`, `fading_span` and the eidetic refresh are counted in whole chunks of `chunk_size`.
+    Raises ConfigError for a value out of range or a setting that no layer of the pattern uses.
+    """
+
+    vocab_size: int = 256
+    hidden_size: int = 128
+    num_layers: int = 2
+    intermediate_size: int = 384  # SwiGLU width; 0 leaves the MLP out, as Mamba-2 does
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-5
+    initializer_range: float | None = None  # None: 1/sqrt(fan_in)
+    pattern: tuple[str, ...] = ("bmojo",)
+
+    # attention: the readout of window, fading and eidetic memory
+    num_heads: int = 4
+    num_kv_heads: int | None = None  # None: num_heads; fewer: grouped-query attention
+    head_dim: int | None = None  # None: hidden_size / num_heads
+    window: int | None = 64  # the token itself and the window-1 before; None: all
+    qk_norm: bool = False
+    rope_theta: float = 10000.0
+    conv_size: int = 0  # short causal convolution before q, k, v; 0: none
+    tie_sources: bool = True  # one W_k, W_v for x and y; False: the fading tokens get their own
+    chunk_size: int = 64  # refresh period of the eidetic set, and block of the chunked computation
+
+    # fading memory
+    ssm: str = "ssd"
+    ssm_expand: int = 1
+    ssm_head_dim: int = 32
+    ssm_state_size: int = 16
+    ssm_groups: int = 1  # heads that share B and C (ssd), or q and k (gdn), come in this many groups
+    ssm_conv: int = 4
+    fading: str = "window"  # "summary": one y per chunk
+    fading_span: int = 0
+
+    # eidetic memory
+    eidetic_slots: int = 0
+    innovation: str = "rls"
+    innovation_dim: int = 32  # rls works on a fixed random projection of the input to this many dimensions
+    innovation_forgetting: float = 0.995  # of rls and ema, per token
+    head_loss_weight: float = 0.1  # of the auxiliary loss that trains the "head" predictor
+    eidetic_threshold: float = 0.0  # a token with a lower score is not admitted
+    eidetic_decay: float = 1.0  # of scores, per token of age
+    positions: str = "true"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", tuple(self.pattern))
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "chunk_size",
+                     "ssm_expand", "ssm_head_dim", "ssm_state_size", "ssm_groups", "ssm_conv",
+                     "innovation_dim"):  # fmt: skip
+            self._at_least(name, 1)
+        for name in ("intermediate_size", "conv_size", "fading_span", "eidetic_slots"):
+            self._at_least(name, 0)
+        for name, known in (("ssm", SSMS), ("fading", FADINGS), ("positions", POSITIONS), ("innovation", INNOVATIONS)):
+            self._one_of(name, getattr(self, name), known)
+        if not self.pattern:
+            raise ConfigError(f"pattern must name at least one layer kind, got none; use some of {', '.join(LAYERS)}")
+        for kind in self.pattern:
+            self._one_of("pattern", kind, LAYERS)
+        if len(self.pattern) > self.num_layers:
+            raise ConfigError(
+                f"pattern has {len(self.pattern)} kinds for num_layers={self.num_layers}; "
+                f"use num_layers of at least {len(self.pattern)}"
+            )
+        self._check_attention()
+        self._check_memories()
+
+    def _at_least(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+    @staticmethod
+    def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+        if value not in known:
+            raise ConfigError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
+
+    def _check_attention(self) -> None:
+        if self.head_dim is None:
+            if self.hidden_size % self.num_heads:
+                raise ConfigError(
+                    f"hidden_size must be a multiple of num_heads ({self.num_heads}), got {self.hidden_size}; "
+                    "or give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        self._at_least("head_dim", 2)
+        if self.head_dim % 2:  # type: ignore[operator]
+            raise ConfigError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
+        if self.num_heads % self.num_kv_heads:  # type: ignore[operator]
+            raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if (self.ssm_expand * self.hidden_size) % self.ssm_head_dim:
+            raise ConfigError(
+                f"ssm_expand * hidden_size ({self.ssm_expand * self.hidden_size}) must be a multiple of "
+                f"ssm_head_dim ({self.ssm_head_dim})"
+            )
+        if self.ssm_heads % self.ssm_groups:
+            raise ConfigError(f"the {self.ssm_heads} SSM heads must divide into ssm_groups ({self.ssm_groups})")
+
+    def _check_memories(self) -> None:
+        chunk = self.chunk_size
+        if self.window is not None:
+            self._whole_chunks("window", self.window, least=1)
+        self._whole_chunks("fading_span", self.fading_span, least=0)
+        if "bmojo" in self.pattern:
+            if self.window is None:
+                raise ConfigError(f"a bmojo layer needs a finite window, got None; use a multiple of chunk ({chunk})")
+        else:
+            for name in ("fading_span", "eidetic_slots"):
+                if getattr(self, name):
+                    raise ConfigError(f"{name}={getattr(self, name)} is used by bmojo layers alone; pattern has none")
+        for name, low, high in (("innovation_forgetting", 0, 1), ("eidetic_decay", 0, 1)):
+            if not low < getattr(self, name) <= high:
+                raise ConfigError(f"{name} must be in ({low}, {high}], got {getattr(self, name)}")
+        if self.eidetic_threshold < 0:
+            raise ConfigError(f"eidetic_threshold must be at least 0, got {self.eidetic_threshold}")
+
+    def _whole_chunks(self, name: str, value: int, *, least: int) -> None:
+        chunk = self.chunk_size
+        if not isinstance(value, int) or value < least or value % chunk:
+            below = max(value // chunk, least) * chunk if isinstance(value, int) else chunk
+            raise ConfigError(
+                f"{name} must be a {'positive ' if least else ''}multiple of chunk ({chunk}), got {value}; "
+                f"use {below} or {below + chunk}"
+            )
+
+    # derived sizes
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of each layer."""
+        return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
+
+    @property
+    def ssm_size(self) -> int:
+        """Channels inside the SSM."""
+        return self.ssm_expand * self.hidden_size
+
+    @property
+    def ssm_heads(self) -> int:
+        return self.ssm_size // self.ssm_head_dim
+
+    @property
+    def fading_stride(self) -> int:
+        """Positions between fading tokens: 1, or a chunk for summaries."""
+        return self.chunk_size if self.fading == "summary" else 1
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with some fields changed; unknown fields are refused with the nearest name.
+
+        `head_dim` and `num_kv_heads` follow `hidden_size` and `num_heads` where these change and they were derived.
+        """
+        fields = self.to_dict()
+        if "head_dim" not in changes and {"hidden_size", "num_heads"} & changes.keys():
+            if self.head_dim == self.hidden_size // self.num_heads:
+                fields["head_dim"] = None
+        if "num_kv_heads" not in changes and "num_heads" in changes and self.num_kv_heads == self.num_heads:
+            fields["num_kv_heads"] = None
+        return ModelConfig.from_dict({**fields, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "pattern": list(self.pattern)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r}; {nearest(name, known)}")
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelConfig:
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the configuration is not JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ConfigError(f"the configuration must be a JSON object, got {type(fields).__name__}")
+        return cls.from_dict(fields)

@@ -1,0 +1,152 @@
+"""The state of a model as a value: take it out, select rows, move it, save it, go on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from bmojo.config import ModelConfig
+from bmojo.errors import StateError
+
+FORMAT = "bmojo.memory-state"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """Everything that a model remembers of the tokens so far: one dict of tensors a layer, batch first.
+
+    The names of the tensors are documented in `bmojo.nn.mixer`. Each method returns a new state.
+    """
+
+    config: ModelConfig
+    layers: tuple[dict[str, Tensor], ...]
+
+    @property
+    def position(self) -> Tensor:
+        """[batch]: tokens read of the current document."""
+        return self.layers[0]["position"]
+
+    @property
+    def document(self) -> Tensor:
+        """[batch]: the id of the current document, -1 if none was ever given."""
+        return self.layers[0]["document"]
+
+    @property
+    def batch_size(self) -> int:
+        return self.position.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, all layers, all rows."""
+        return sum(self.layer_nbytes())
+
+    def layer_nbytes(self) -> list[int]:
+        return [sum(tensor.nbytes for tensor in layer.values()) for layer in self.layers]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> MemoryState:
+        layers = tuple({name: change(tensor) for name, tensor in layer.items()} for layer in self.layers)
+        return dataclasses.replace(self, layers=layers)
+
+    def select(self, rows: Tensor | list[int]) -> MemoryState:
+        """The given batch rows, in the given order; a row may be taken more than once (beams)."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.position.device)
+        if index.ndim != 1 or (index.numel() and not bool(((index >= 0) & (index < self.batch_size)).all())):
+            raise StateError(f"rows must be a list of indices below the batch size {self.batch_size}, got {rows}")
+        return self.map(lambda tensor: tensor.index_select(0, index))
+
+    def repeat(self, times: int) -> MemoryState:
+        """Each row `times` times, one after the other."""
+        return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
+
+    def detach(self) -> MemoryState:
+        return self.map(lambda tensor: tensor.detach())
+
+    def clone(self) -> MemoryState:
+        return self.map(lambda tensor: tensor.clone())
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
+        """Move; `dtype` changes the verbatim rows (keys, values, convolution tails), never scores or recurrent states."""
+
+        def move(name: str, tensor: Tensor) -> Tensor:
+            kind = dtype if dtype is not None and name in VERBATIM else tensor.dtype
+            return tensor.to(device=device, dtype=kind)
+
+        layers = tuple({name: move(name, tensor) for name, tensor in layer.items()} for layer in self.layers)
+        return dataclasses.replace(self, layers=layers)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file, whole or not at all."""
+        tensors = {
+            f"layers.{i}.{name}": tensor.contiguous().clone()
+            for i, layer in enumerate(self.layers)
+            for name, tensor in layer.items()
+        }
+        metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(self.config.to_dict())}
+        write_whole(Path(path), save(tensors, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, config: ModelConfig | None = None, device: str = "cpu") -> MemoryState:
+        """Read what `save` wrote. Raises StateError if it is no such file, is newer, or belongs to another `config`."""
+        path = Path(path)
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise StateError(f"{path} is not a memory state: expected one that MemoryState.save wrote")
+                if int(metadata["version"]) > VERSION:
+                    raise StateError(
+                        f"{path} has state format {metadata['version']}, this bmojo reads up to {VERSION}; update bmojo"
+                    )
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
+        except FileNotFoundError:
+            raise StateError(f"no memory state at {path}") from None
+        except (SafetensorError, OSError) as error:
+            raise StateError(f"{path} can't be read as a memory state: {error}") from None
+        saved = ModelConfig.from_dict(json.loads(metadata["config"]))
+        if config is not None:
+            require_same(saved, config)
+        layers: list[dict[str, Tensor]] = [{} for _ in range(saved.num_layers)]
+        for name, tensor in tensors.items():
+            _, layer, key = name.split(".", 2)
+            layers[int(layer)][key] = tensor
+        return cls(saved, tuple(layers))
+
+
+VERBATIM = {"k", "v", "fading_k", "fading_v", "slot_k", "slot_v", "conv", "ssm_conv", "last_y"}
+
+
+def require_same(saved: ModelConfig, config: ModelConfig) -> None:
+    """Raise StateError unless a state of `saved` fits a model of `config`."""
+    if saved != config:
+        ours, theirs = config.to_dict(), saved.to_dict()
+        name = next(name for name in ours if ours[name] != theirs[name])
+        raise StateError(
+            f"the state belongs to another model: {name} is {ours[name]!r} here and {theirs[name]!r} in the state; "
+            "load the state with the model that made it"
+        )
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a crash or a full disk leaves the old one, or none, never half of one."""
+    partial: Any = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StateError(f"can't write {path}: {error.strerror}; nothing was overwritten") from error

@@ -1,0 +1,74 @@
+"""Initialisation, and the roles of parameters.
+
+A module names in `no_decay` those of its own parameters that weight decay must leave alone: decay rates, biases, norms,
+convolutions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def decays(model: nn.Module) -> dict[str, bool]:
+    """Whether weight decay applies to each parameter of a model, by name."""
+    exempt = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in getattr(module, "no_decay", ())
+    }
+    return {name: name not in exempt for name, _ in model.named_parameters()}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for an optimiser: parameters that decay, and those declared not to."""
+    role = decays(model)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for name, parameter in trained if role[name]], "weight_decay": weight_decay},
+        {"params": [parameter for name, parameter in trained if not role[name]], "weight_decay": 0.0},
+    ]
+
+
+class Linear(nn.Linear):
+    """A linear map without bias, its weights drawn from N(0, std^2); std = 1/sqrt(fan_in) if None."""
+
+    def __init__(self, inputs: int, outputs: int, std: float | None = None) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        nn.init.normal_(self.weight, std=inputs**-0.5 if std is None else std)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+
+    no_decay = ("weight",)
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps=eps)
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution y_t = sum_j w_j x_{t-j} (+ bias) over `size` tokens of one document."""
+
+    no_decay = ("weight", "bias")
+
+    def __init__(self, channels: int, size: int, *, bias: bool) -> None:
+        super().__init__()
+        bound = size**-0.5
+        self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-bound, bound))  # oldest token first
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+    @property
+    def lags(self) -> int:
+        return self.weight.shape[1] - 1
+
+    def forward(self, extended: Tensor, position: Tensor | None = None) -> Tensor:
+        """[B, lags + L, channels] -> [B, L, channels]. `position` [B, L]: in-document positions, where documents are packed."""
+        length = extended.shape[1] - self.lags
+        y = extended[:, self.lags :] * self.weight[:, -1]
+        for lag in range(1, self.lags + 1):
+            part = extended[:, self.lags - lag : self.lags - lag + length] * self.weight[:, -1 - lag]
+            y = y + (part if position is None else part * (position >= lag)[..., None].to(part.dtype))
+        return y if self.bias is None else y + self.bias

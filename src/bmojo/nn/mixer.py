@@ -1,0 +1,410 @@
+"""The one sequence mixer of the family: which memories a layer has is configuration.
+
+Input x [B, T, D], o = mixer(x): with y, S the fading tokens and state of the layer's SSM, query i of chunk c attends, in
+ONE softmax, to
+
+    window    x_j, j in (i-W, i]                     itself and the W-1 before
+    fading    y_j, j in (i-W-F, i-W]                 fading="summary": only the y at the ends of chunks
+    eidetic   x_p, p in M_c and p <= i-W             the E most innovative tokens before the chunk
+
+    position  0 ............................................. i
+    eidetic   x   x     x        x            (M_c, at most E)
+    fading                        yyyyyyyyyy  (i-W-F, i-W]
+    window                                  xxxxxxxxxx  (i-W, i]
+
+so no token is seen twice and none falls between. Chunks, padding and documents: `bmojo.memory.layout`.
+A layer of kind "ssm" gives y itself; one of kind "attention" has the window alone, or everything (window=None).
+
+The state of a layer is a dict of tensors, batch first (sizes in tokens; K key-value heads of size P):
+`position`, `document` [B]; `conv` [B, conv_size-1, D]; the SSM's and the innovation's own;
+`k`, `v` [B, W, K, P] (a ring; keys turned by their positions) or, without a window, a cache that grows;
+`fading_k`, `fading_v` (a ring); `slot_k`, `slot_v` [B, E, K, P], `slot_score`, `slot_position` [B, E] (-1: empty),
+`pending` [B, chunk]: the scores of the chunk in progress.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from bmojo.config import ModelConfig
+from bmojo.memory.eidetic import compact_positions, keep_best, select
+from bmojo.memory.layout import Layout, blocks, make_layout
+from bmojo.memory.step import Step, grow
+from bmojo.nn.init import CausalConv, Linear, RMSNorm
+from bmojo.nn.innovation import Innovation
+from bmojo.nn.ssm import Prediction, State, make_ssm
+from bmojo.ops.attention import attend
+from bmojo.ops.rope import rope_table, rotate
+
+Place = Layout | Step
+
+
+@dataclass
+class Trace:
+    """What the caller asks a forward pass to note down, one entry a layer that has it."""
+
+    innovation: list[Tensor] = field(default_factory=list)  # [B, T]
+    kept: list[Tensor] = field(default_factory=list)  # [B, E] positions in the slots at the end, -1: empty
+    losses: list[Tensor] = field(default_factory=list)  # auxiliary losses
+
+
+class Mixer(nn.Module):
+    def __init__(self, config: ModelConfig, index: int = 0) -> None:
+        super().__init__()
+        self.config, self.kind = config, config.kinds[index]
+        self.innovation = Innovation(config, index) if self.kind == "bmojo" and config.eidetic_slots else None
+        self.has_fading = self.kind == "bmojo" and config.fading_span > 0
+        reads_ssm = self.innovation is not None and self.innovation.reads_ssm
+        self.ssm = make_ssm(config) if self.kind == "ssm" or self.has_fading or reads_ssm else None
+        if self.kind == "ssm":
+            return
+        std, heads, kv_heads, size = config.initializer_range, config.num_heads, config.num_kv_heads, config.head_dim
+        assert kv_heads is not None and size is not None
+        self.conv = CausalConv(config.hidden_size, config.conv_size, bias=False) if config.conv_size else None
+        self.q_proj = Linear(config.hidden_size, heads * size, std)
+        self.k_proj = Linear(config.hidden_size, kv_heads * size, std)
+        self.v_proj = Linear(config.hidden_size, kv_heads * size, std)
+        self.o_proj = Linear(heads * size, config.hidden_size, std)
+        self.q_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else None
+        if self.has_fading and not config.tie_sources:
+            self.fading_k_proj = Linear(config.hidden_size, kv_heads * size, std)
+            self.fading_v_proj = Linear(config.hidden_size, kv_heads * size, std)
+            self.fading_k_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else None
+
+    # state
+    def empty_state(self, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> State:
+        """The state before any token."""
+        config, device = self.config, torch.device(device)
+        count = torch.zeros(batch, dtype=torch.int64, device=device)
+        state = {"position": count, "document": count - 1}
+        if self.ssm is not None:
+            state |= self.ssm.empty_state(batch, device, dtype)
+        if self.kind == "ssm":
+            return state
+
+        def rows(number: int) -> Tensor:
+            return torch.zeros(batch, number, config.num_kv_heads, config.head_dim, device=device, dtype=dtype)
+
+        if self.conv is not None:
+            state["conv"] = torch.zeros(batch, self.conv.lags, config.hidden_size, device=device, dtype=dtype)
+        state |= {"k": rows(config.window or 0), "v": rows(config.window or 0)}
+        if self.has_fading:
+            state |= {"fading_k": rows(self._fading_entries), "fading_v": rows(self._fading_entries)}
+        if self.innovation is not None:
+            exact = torch.promote_types(dtype, torch.float32)
+            state |= self.innovation.empty_state(batch, device, dtype)
+            state |= {"slot_k": rows(config.eidetic_slots), "slot_v": rows(config.eidetic_slots)}
+            state["slot_score"] = torch.zeros(batch, config.eidetic_slots, device=device, dtype=exact)
+            state["slot_position"] = torch.full_like(state["slot_score"], -1, dtype=torch.int64)
+            state["pending"] = torch.zeros(batch, config.chunk_size, device=device, dtype=exact)
+        return state
+
+    @property
+    def _fading_entries(self) -> int:
+        assert self.config.window is not None
+        return (self.config.window + self.config.fading_span) // self.config.fading_stride
+
+    # entry points
+    def forward(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        trace: Trace | None = None,
+    ) -> tuple[Tensor, State]:
+        """x [B, T, D] -> o [B, T, D] and the state after it. `mask` [B, T] is False at padding; `document_ids` [B, T]
+        changes where a document starts."""
+        layout = make_layout(
+            *x.shape[:2],
+            self.config.chunk_size,
+            x.device,
+            position=None if state is None else state["position"],
+            document=None if state is None else state["document"],
+            mask=mask,
+            document_ids=document_ids,
+        )
+        o, state = self.mix(layout.place(x), state, layout, trace)
+        return layout.restore(o), state
+
+    def mix(self, x: Tensor, state: State | None, layout: Layout, trace: Trace | None = None) -> tuple[Tensor, State]:
+        """The same on a sequence that is laid out already: x [B, L, D]."""
+        new: State = {"position": layout.next_position, "document": layout.document}
+        y, prediction = None, None
+        if self.ssm is not None:
+            y, part, prediction = self.ssm(x, state, layout, predict=self._predicts)
+            new |= part
+            if self.kind == "ssm":
+                return y, new
+        if self.conv is not None:
+            extended = layout.extend(x, None if state is None else state["conv"], self.conv.lags)
+            x = self.conv(extended, layout.position if layout.packed else None)
+            new["conv"] = layout.tail(extended, self.conv.lags)
+        read = self._read_everything if self.config.window is None else self._read_memories
+        o, part = read(x, y, prediction, state, layout, trace)
+        return self.o_proj(o.flatten(-2)), new | part
+
+    def step(self, x: Tensor, state: State, at: Step, trace: Trace | None = None) -> tuple[Tensor, State]:
+        """One token a row: x [B, D] -> o [B, D]."""
+        new: State = {"position": at.next_position, "document": at.document}
+        y, prediction = None, None
+        if self.ssm is not None:
+            y, part, prediction = self.ssm.step(x, state, predict=self._predicts)
+            new |= part
+            if self.kind == "ssm":
+                return y, new
+        if self.conv is not None:
+            extended = torch.cat((state["conv"].to(x.dtype), x[:, None]), 1)
+            x = self.conv(extended)[:, 0]
+            new["conv"] = extended[:, 1:]
+        o, part = self._step_attention(x, y, prediction, state, at, trace)
+        return self.o_proj(o.flatten(-2)), new | part
+
+    @property
+    def _predicts(self) -> bool:
+        return self.innovation is not None and self.innovation.kind == "state"
+
+    # keys and values
+    def _queries(self, x: Tensor, at: Place) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.config.head_dim))
+        return rotate(q if self.q_norm is None else self.q_norm(q), self._rope(at, q.dtype))
+
+    def _keys(self, x: Tensor, table: tuple[Tensor, Tensor], *, fading: bool = False) -> tuple[Tensor, Tensor]:
+        own = fading and not self.config.tie_sources
+        key, value, norm = (
+            (self.fading_k_proj, self.fading_v_proj, self.fading_k_norm)
+            if own
+            else (self.k_proj, self.v_proj, self.k_norm)
+        )
+        k = key(x).unflatten(-1, (-1, self.config.head_dim))
+        v = value(x).unflatten(-1, (-1, self.config.head_dim))
+        return rotate(k if norm is None else norm(k), table), v
+
+    def _rope(self, at: Place, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return at.rope(self.config.head_dim, self.config.rope_theta, dtype)  # type: ignore[arg-type]
+
+    def _table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return rope_table(positions, self.config.head_dim, self.config.rope_theta, dtype)  # type: ignore[arg-type]
+
+    # the chunked form
+    def _read_everything(
+        self, x: Tensor, y: Tensor | None, prediction: Prediction, state: State | None, layout: Layout, trace: Trace | None
+    ) -> tuple[Tensor, State]:
+        """Causal attention over the whole document, behind a cache that grows."""
+        q = self._queries(x, layout).transpose(1, 2)
+        k, v = self._keys(x, self._rope(layout, x.dtype))
+        if state is None and not layout.packed:
+            o = attend(q, k.transpose(1, 2), v.transpose(1, 2), causal=True)
+        else:
+            old_k, old_v = (state["k"], state["v"]) if state is not None else (k[:, :0], v[:, :0])
+            size = old_k.shape[1]
+            start = layout.position[:, :1] + layout.offset[:, None]
+            number = torch.arange(size, device=x.device)
+            new_position = layout.position.masked_fill(~layout.valid, -1)
+            at = torch.cat((number.expand(x.shape[0], -1), new_position), 1)[:, None]
+            of = torch.cat(((number < start).long() - 1, layout.segment_of_slot), 1)[:, None]
+            mine = layout.segment_of_slot[..., None]
+            mask = (of == mine) & (at <= layout.position[..., None]) & (at >= 0)
+            mask = mask | ~layout.valid[..., None] & (at < 0)  # a row of padding sees padding, not nothing
+            keys, values = torch.cat((old_k.to(k.dtype), k), 1), torch.cat((old_v.to(v.dtype), v), 1)
+            o = attend(q, keys.transpose(1, 2), values.transpose(1, 2), mask[:, None])
+        return o.transpose(1, 2), {name: self._append(state, name, new, layout) for name, new in (("k", k), ("v", v))}
+
+    def _append(self, state: State | None, name: str, new: Tensor, layout: Layout) -> Tensor:
+        """The cache `name` with the tokens of this call written at their positions in the last document."""
+        length = int(layout.next_position.max())
+        old = new[:, :0] if state is None else state[name].to(new.dtype)
+        if layout.source is None and old.shape[1] == 0:
+            return grow(new[:, :length], length)
+        cache = grow(old, length)
+        last = layout.segment.gather(1, ((layout.end - 1).clamp(min=0) // layout.chunk)[:, None])
+        mine = layout.valid & (layout.segment_of_slot == last)
+        spare = cache.shape[1]  # one row more, for what is not written
+        target = torch.where(mine, layout.position, spare)[..., None, None].expand_as(new)
+        return nn.functional.pad(cache, (0, 0, 0, 0, 0, 1)).scatter(1, target, new)[:, :spare]
+
+    def _read_memories(
+        self, x: Tensor, y: Tensor | None, prediction: Prediction, state: State | None, layout: Layout, trace: Trace | None
+    ) -> tuple[Tensor, State]:
+        """Every chunk of queries against [eidetic slots | fading | window], as one batch of dense blocks."""
+        config, N = self.config, layout.chunks
+        W, F, stride = config.window, config.fading_span, config.fading_stride
+        assert W is not None
+        q = self._queries(x, layout)
+        table = self._rope(layout, x.dtype)
+        k, v = self._keys(x, table)
+        k, v = (layout.history(None if state is None else state[n], z, W) for n, z in (("k", k), ("v", v)))
+        keys, values = [blocks(k, N, layout.chunk, W)], [blocks(v, N, layout.chunk, W)]
+        masks = [layout.reachable(W, 1, 0, W)]
+        new = {"k": layout.ring(k, W), "v": layout.ring(v, W)}
+        if self.has_fading:
+            assert y is not None
+            size = self._fading_entries
+            every = slice(stride - 1, None, stride)
+            fading = self._keys(y[:, every], (table[0][:, every], table[1][:, every]), fading=True)
+            for name, part, out in zip(("fading_k", "fading_v"), fading, (keys, values), strict=True):
+                past = layout.history(None if state is None else state[name], part, size, stride)
+                out.append(blocks(past, N, layout.chunk // stride, size, W // stride))
+                new[name] = layout.ring(past, size, stride)
+            masks.append(layout.reachable(size, stride, W, F))
+        if self.innovation is not None:
+            score, part, loss = self.innovation(x, y, prediction, state, layout)
+            new |= part
+            slot_k, slot_v, mask, part = self._recall(k[:, W:], v[:, W:], score, state, layout)
+            new |= part
+            keys.append(slot_k)
+            values.append(slot_v)
+            masks.append(mask)
+            if trace is not None:
+                trace.innovation.append(layout.restore(score))
+                trace.kept.append(part["slot_position"])
+                if loss is not None:
+                    trace.losses.append(loss)
+        rows = x.shape[0]
+        mask = torch.cat([m.expand(rows, -1, -1, -1) for m in masks], -1)
+        own = torch.eye(layout.chunk, dtype=torch.bool, device=x.device)
+        mask[..., W : W + layout.chunk] |= own & ~layout.valid.unflatten(1, (N, -1))[..., None]  # padding sees itself
+        o = attend(
+            q.unflatten(1, (N, -1)).flatten(0, 1).transpose(1, 2),
+            torch.cat([z.transpose(2, 3) for z in keys], 3).flatten(0, 1),
+            torch.cat([z.transpose(2, 3) for z in values], 3).flatten(0, 1),
+            mask.flatten(0, 1)[:, None],
+        )
+        return o.transpose(1, 2).unflatten(0, (rows, N)).flatten(1, 2), new
+
+    def _recall(
+        self, k: Tensor, v: Tensor, score: Tensor, state: State | None, layout: Layout
+    ) -> tuple[Tensor, Tensor, Tensor, State]:
+        """Keys and values [B, N, E, K, P] of every chunk's eidetic set, their mask [B, N, chunk, E], and the new slots.
+
+        `k` [B, L, K, P] is turned by true positions; the slots hold it so, or, for compact positions, turned back.
+        """
+        config, batch = self.config, score.shape[0]
+        compact = config.positions == "compact"
+        assert config.window is not None
+        if compact:
+            k = rotate(k, self._table(-layout.position, k.dtype))
+        held = None
+        if state is not None:
+            slots = torch.arange(config.chunk_size, device=k.device)
+            before = torch.where(slots < layout.offset[:, None], state["pending"], score[:, : config.chunk_size])
+            score = torch.cat((before, score[:, config.chunk_size :]), 1)
+            held = state["slot_score"], state["slot_position"]
+            k, v = torch.cat((state["slot_k"].to(k.dtype), k), 1), torch.cat((state["slot_v"].to(v.dtype), v), 1)
+        index, position, (best, where, last) = select(
+            score,
+            layout,
+            config.eidetic_slots,
+            decay=config.eidetic_decay,
+            threshold=config.eidetic_threshold,
+            held=held,
+        )
+        offset = (torch.arange(batch, device=k.device) * k.shape[1])[:, None]
+
+        def pick(source: Tensor, index: Tensor) -> Tensor:
+            return source.flatten(0, 1).index_select(0, (index.flatten(1) + offset).flatten()).view(*index.shape, *source.shape[2:])
+
+        slot_k, slot_v = pick(k, index), pick(v, index)
+        start = layout.position[:, :: layout.chunk]
+        if compact:
+            turned = compact_positions(position, start, config.window + config.fading_span)
+            slot_k = rotate(slot_k, self._table(turned, k.dtype))
+        query = layout.position.unflatten(1, (layout.chunks, -1))[..., None]
+        mask = (position >= 0)[:, :, None] & (position[:, :, None] <= query - config.window)
+        progress = torch.arange(config.chunk_size, device=k.device)
+        count = (layout.next_position % config.chunk_size)[:, None]
+        pending = score.gather(1, (layout.end[:, None] - count + progress).clamp(max=score.shape[1] - 1))
+        new = {
+            "slot_k": pick(k, last),
+            "slot_v": pick(v, last),
+            "slot_score": best,
+            "slot_position": where,
+            "pending": pending * (progress < count),
+        }
+        return slot_k, slot_v, mask, new
+
+    # one token
+    def _step_attention(
+        self, x: Tensor, y: Tensor | None, prediction: Prediction, state: State, at: Step, trace: Trace | None
+    ) -> tuple[Tensor, State]:
+        config = self.config
+        q, table = self._queries(x, at), self._rope(at, x.dtype)
+        k, v = self._keys(x, table)
+        if config.window is None:
+            new = {name: at.put(at.room(state[name]), at.position, z) for name, z in (("k", k), ("v", v))}
+            return self._attend_step(q, [new["k"]], [new["v"]], [at.reachable_in_cache(new["k"].shape[1])]), new
+        W, F, stride = config.window, config.fading_span, config.fading_stride
+        new = {"k": at.put_in_ring(state["k"], k), "v": at.put_in_ring(state["v"], v)}
+        keys, values, masks = [new["k"]], [new["v"]], [at.reachable(W, 1, 0, W)]
+        if self.has_fading:
+            fading_k, fading_v = self._keys(y, table, fading=True)  # type: ignore[arg-type]
+            new["fading_k"] = at.put_in_ring(state["fading_k"], fading_k, stride)
+            new["fading_v"] = at.put_in_ring(state["fading_v"], fading_v, stride)
+            keys.append(new["fading_k"])
+            values.append(new["fading_v"])
+            masks.append(at.reachable(self._fading_entries, stride, W, F))
+        if self.innovation is not None:
+            position = state["slot_position"]
+            slot_k = state["slot_k"]
+            if config.positions == "compact":
+                start = at.position - at.position % config.chunk_size
+                slot_k = rotate(slot_k, self._table(compact_positions(position, start, W + F), slot_k.dtype))
+            keys.append(slot_k)
+            values.append(state["slot_v"])
+            masks.append((position >= 0) & (position <= at.position[:, None] - W))
+            score, part = self.innovation.step(x, y, prediction, state, at)
+            new |= part
+            new |= self._admit(score, new, state, at)
+            if trace is not None:
+                trace.innovation.append(score[:, None])
+                trace.kept.append(new["slot_position"])
+        return self._attend_step(q, keys, values, masks), new
+
+    @staticmethod
+    def _attend_step(q: Tensor, keys: list[Tensor], values: list[Tensor], masks: list[Tensor]) -> Tensor:
+        """q [B, H, P] against rows [B, n, K, P] with masks [B, n]."""
+        k, v = (torch.cat([z.to(q.dtype) for z in part], 1).transpose(1, 2) for part in (keys, values))
+        return attend(q[:, :, None], k, v, torch.cat(masks, -1)[:, None, None])[:, :, 0]
+
+    def _admit(self, score: Tensor, new: State, state: State, at: Step) -> State:
+        """Note the token's score; at the end of a chunk, let its tokens compete for the slots."""
+        config, chunk = self.config, self.config.chunk_size
+        names = ("slot_k", "slot_v", "slot_score", "slot_position")
+        pending = at.put(state["pending"], at.position % chunk, score)
+        kept = {name: state[name] for name in names} | {"pending": pending}
+        if not at.any_ends_chunk:
+            return kept
+        back = torch.arange(chunk, device=score.device)  # newest first
+        position = at.position[:, None] - back
+        place = position % config.window
+        row = torch.arange(score.shape[0], device=score.device)[:, None]
+        k, v = new["k"][row, place], new["v"][row, place]
+        if config.positions == "compact":
+            k = rotate(k, self._table(-position, k.dtype))
+        candidates = {
+            "slot_k": torch.cat((k, state["slot_k"]), 1),
+            "slot_v": torch.cat((v, state["slot_v"]), 1),
+            "slot_score": torch.cat((pending.flip(1), state["slot_score"]), 1),
+            "slot_position": torch.cat((position, state["slot_position"]), 1),
+        }
+        order, is_one = keep_best(
+            candidates["slot_score"],
+            candidates["slot_position"],
+            at.next_position,
+            config.eidetic_slots,
+            decay=config.eidetic_decay,
+            threshold=config.eidetic_threshold,
+        )
+        for name in names:
+            best = candidates[name][row, order]
+            if name == "slot_position":
+                best = best.masked_fill(~is_one, -1)
+            ends = at.ends_chunk.view(-1, *(1,) * (best.ndim - 1))
+            kept[name] = torch.where(ends, best, state[name])
+        kept["pending"] = pending.masked_fill(at.ends_chunk[:, None], 0)
+        return kept

@@ -1,0 +1,197 @@
+"""The language model: embedding, pre-norm blocks of a mixer and an MLP, a norm and a head."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from bmojo.config import ModelConfig
+from bmojo.errors import CheckpointError, ConfigError, StateError
+from bmojo.memory.layout import Layout, make_layout
+from bmojo.memory.state import MemoryState, require_same, write_whole
+from bmojo.memory.step import Step
+from bmojo.nn.init import Linear, RMSNorm
+from bmojo.nn.mixer import Mixer, Trace
+from bmojo.nn.ssm import State
+
+
+class SwiGLU(nn.Module):
+    """W_down (SiLU(W_gate x) * W_up x).  Source: Shazeer 2020, arXiv 2002.05202."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        std = config.initializer_range
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, std)
+        self.down = Linear(config.intermediate_size, config.hidden_size, std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x + Mixer(RMSNorm(x)), then, unless intermediate_size is 0, x + SwiGLU(RMSNorm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer = Mixer(config, index)
+        has_mlp = config.intermediate_size > 0
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps) if has_mlp else None
+        self.mlp = SwiGLU(config) if has_mlp else None
+
+    def forward(self, x: Tensor, state: State | None, at: Layout | Step, trace: Trace | None) -> tuple[Tensor, State]:
+        normed = self.mixer_norm(x)
+        if isinstance(at, Step):
+            assert state is not None
+            mixed, state = self.mixer.step(normed, state, at, trace)
+        else:
+            mixed, state = self.mixer.mix(normed, state, at, trace)
+        x = x + mixed
+        if self.mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x))  # type: ignore[misc]
+        return x, state
+
+
+class BMojoLM(nn.Module):
+    """A causal language model of the B'MOJO family.
+
+        model = BMojoLM(presets.bmojo("tiny", vocab_size=256))
+        logits, state = model(tokens)          # tokens [batch, time] -> logits [batch, time, vocab_size]
+        logits, state = model(more, state)     # goes on where the first call ended, in constant memory
+
+    Any way of cutting a sequence into calls gives the same logits and the same final state.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        std = config.hidden_size**-0.5 if config.initializer_range is None else config.initializer_range
+        nn.init.normal_(self.embed.weight, std=std)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, std)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: MemoryState | None = None,
+        *,
+        mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        donate: bool = False,
+        trace: Trace | None = None,
+    ) -> tuple[Tensor, MemoryState]:
+        """Logits [batch, time, vocab_size] for the token after each of `tokens` [batch, time], and the state after them.
+
+        `mask` [batch, time]: False at padding, which leaves the state as it is; its logits are those of a zero vector.
+        `document_ids` [batch, time]: every change starts a new document, with empty memories.
+        `donate`: the state that came in is given up, and its buffers may be reused (decoding loops).
+        `trace`: notes innovations, kept positions and auxiliary losses.
+        """
+        features, state = self.features(
+            tokens, state, mask=mask, document_ids=document_ids, donate=donate, trace=trace
+        )
+        return self.logits(features), state
+
+    def features(
+        self,
+        tokens: Tensor,
+        state: MemoryState | None = None,
+        *,
+        mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        donate: bool = False,
+        trace: Trace | None = None,
+    ) -> tuple[Tensor, MemoryState]:
+        """What the head reads, [batch, time, hidden_size], and the state: `forward` without the logits."""
+        self._check(tokens, state)
+        if state is not None and tokens.shape[1] == 1 and mask is None and document_ids is None:
+            at: Layout | Step = Step(state.position, state.document, self.config.chunk_size, donate)
+            x = self.embed(tokens[:, 0])
+        else:
+            at = make_layout(
+                *tokens.shape,
+                self.config.chunk_size,
+                tokens.device,
+                position=None if state is None else state.position,
+                document=None if state is None else state.document,
+                mask=mask,
+                document_ids=document_ids,
+            )
+            x = self.embed(at.place(tokens))
+        layers = []
+        for i, block in enumerate(self.blocks):
+            x, layer = block(x, None if state is None else state.layers[i], at, trace)
+            layers.append(layer)
+        x = x[:, None] if isinstance(at, Step) else at.restore(x)
+        return self.norm(x), MemoryState(self.config, tuple(layers))
+
+    def logits(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.embed.weight if self.head is None else self.head.weight)
+
+    def empty_state(self, batch: int = 1, dtype: torch.dtype | None = None) -> MemoryState:
+        """The state before any token."""
+        weight = self.embed.weight
+        dtype = weight.dtype if dtype is None else dtype
+        return MemoryState(
+            self.config, tuple(block.mixer.empty_state(batch, weight.device, dtype) for block in self.blocks)
+        )
+
+    def _check(self, tokens: Tensor, state: MemoryState | None) -> None:
+        if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.is_floating_point():
+            raise ConfigError(
+                f"tokens must be whole numbers of shape [batch, time] with time >= 1, got {tokens.dtype} "
+                f"{tuple(tokens.shape)}"
+            )
+        if state is not None:
+            require_same(state.config, self.config)
+            if state.batch_size != tokens.shape[0]:
+                raise StateError(
+                    f"the state has batch size {state.batch_size}, the tokens {tokens.shape[0]}; "
+                    "use state.select or state.repeat"
+                )
+
+    # checkpoints: a folder with config.json and model.safetensors
+    def save(self, folder: str | os.PathLike) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_whole(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+        write_whole(folder / "config.json", self.config.to_json().encode())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, device: str = "cpu") -> BMojoLM:
+        """The model that `save` wrote. Raises CheckpointError for a folder that is missing, corrupt or foreign."""
+        folder = Path(folder)
+        path, weights = folder / "config.json", folder / "model.safetensors"
+        for needed in (path, weights):
+            if not needed.is_file():
+                raise CheckpointError(f"no checkpoint at {folder}: {needed.name} is missing")
+        try:
+            config = ModelConfig.from_json(path.read_text(encoding="utf-8"))
+        except (ConfigError, TypeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} is not a bmojo configuration: {error}") from None
+        try:
+            tensors = load_file(weights, device=device)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{weights} is corrupt: {error}") from None
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if expected != got:
+            name = sorted(set(expected.items()) ^ set(got.items()))[0][0]
+            raise CheckpointError(
+                f"{weights} does not belong to its config.json: {name} is {got.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'no such tensor')}"
+            )
+        model.load_state_dict(tensors, assign=True)
+        return model

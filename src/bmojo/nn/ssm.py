@@ -1,0 +1,187 @@
+"""The fading memory: input-dependent state-space models, x [B, L, D] -> fading tokens y [B, L, D].
+
+Each SSM works on a laid-out sequence (`forward`) or on one token (`step`), with its state in a dict of tensors:
+`ssm` [B, heads, state_size, head_dim], float32; `ssm_conv` [B, ssm_conv - 1, channels], the inputs of the convolution.
+`predict=True` also returns, detached, what the state before each token predicted of it: (value, prediction), both
+[B, L, heads, head_dim].
+Shape suffixes: B batch, L slots, H heads, G groups, N state size, P head dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bmojo.config import ModelConfig
+from bmojo.memory.layout import Layout
+from bmojo.nn.init import CausalConv, Linear, RMSNorm
+from bmojo.ops.gated_delta import gated_delta, gated_delta_step
+from bmojo.ops.numerics import at_least_float32, repeat_groups
+from bmojo.ops.ssd import ssd, ssd_step
+
+State = dict[str, Tensor]
+Prediction = tuple[Tensor, Tensor] | None
+
+
+class FadingMemory(nn.Module):
+    """What both SSMs share: the convolution with its tail, and the decay parameters.
+
+    `A_log` is the log of decay rates drawn from [1, 16]; `dt_bias` the inverse softplus of steps log-uniform in
+    [1e-3, 1e-1] (Gu and Dao 2023).
+    """
+
+    no_decay: tuple[str, ...] = ("A_log", "dt_bias")
+
+    def __init__(self, config: ModelConfig, channels: int, *, conv_bias: bool) -> None:
+        super().__init__()
+        self.heads, self.head_dim = config.ssm_heads, config.ssm_head_dim
+        self.groups, self.state_size = config.ssm_groups, config.ssm_state_size
+        self.size, self.chunk_size = config.ssm_size, config.chunk_size
+        self.conv = CausalConv(channels, config.ssm_conv, bias=conv_bias)
+        dt = torch.exp(torch.rand(self.heads) * (math.log(0.1) - math.log(1e-3)) + math.log(1e-3))
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
+
+    def empty_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
+        exact = torch.promote_types(dtype, torch.float32)
+        return {
+            "ssm": torch.zeros(batch, self.heads, self.state_size, self.head_dim, device=device, dtype=exact),
+            "ssm_conv": torch.zeros(batch, self.conv.lags, self.conv.weight.shape[0], device=device, dtype=dtype),
+        }
+
+    def _convolve(self, x: Tensor, state: State | None, layout: Layout) -> tuple[Tensor, Tensor]:
+        extended = layout.extend(x, None if state is None else state["ssm_conv"], self.conv.lags)
+        mixed = self.conv(extended, layout.position if layout.packed else None)
+        return F.silu(mixed), layout.tail(extended, self.conv.lags)
+
+    def _convolve_step(self, x: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        extended = torch.cat((state["ssm_conv"].to(x.dtype), x[:, None]), 1)
+        return F.silu(self.conv(extended)[:, 0]), extended[:, 1:]
+
+
+class SSD(FadingMemory):
+    """Mamba-2: [z, x, B, C, dt] = W_in u; x, B, C through a short convolution and SiLU; the scan of `ops.ssd`;
+    y = W_out RMSNorm((scan + D x) * SiLU(z)).  Source: Dao and Gu 2024, arXiv 2405.21060."""
+
+    no_decay = ("A_log", "dt_bias", "D")
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.bc = config.ssm_groups * config.ssm_state_size
+        super().__init__(config, config.ssm_size + 2 * self.bc, conv_bias=True)
+        std = config.initializer_range
+        self.in_proj = Linear(config.hidden_size, 2 * self.size + 2 * self.bc + self.heads, std)
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = RMSNorm(self.size, config.norm_eps)
+        self.out_proj = Linear(self.size, config.hidden_size, std)
+
+    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, xBC, dt = self.in_proj(u).split((self.size, self.size + 2 * self.bc, self.heads), -1)
+        return z, xBC, F.softplus(at_least_float32(dt) + self.dt_bias)
+
+    def _split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, B, C = xBC.split((self.size, self.bc, self.bc), -1)
+        return (
+            x.unflatten(-1, (self.heads, self.head_dim)),
+            B.unflatten(-1, (self.groups, self.state_size)),
+            C.unflatten(-1, (self.groups, self.state_size)),
+        )
+
+    def _output(self, scanned: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        y = (scanned + self.D[:, None] * x).flatten(-2).to(z.dtype)
+        return self.out_proj(self.norm(y * F.silu(z)))
+
+    def forward(
+        self, u: Tensor, state: State | None, layout: Layout, *, predict: bool = False
+    ) -> tuple[Tensor, State, Prediction]:
+        z, xBC, dt = self._project(u)
+        xBC, tail = self._convolve(xBC, state, layout)
+        x, B, C = self._split(xBC)
+        dt = dt * layout.valid[..., None].to(dt.dtype)
+        h = None if state is None else state["ssm"]
+        options = {"chunk_size": self.chunk_size, "state": h, "resets": layout.resets}
+        scanned, final = ssd(x, dt, self.A_log, B, C, **options)
+        prediction = None
+        if predict:
+            with torch.no_grad():
+                unit = B / B.square().sum(-1, keepdim=True).clamp(min=torch.finfo(B.dtype).tiny)
+                prediction = x, ssd(x, dt, self.A_log, B, unit, exclusive=True, **options)[0]
+        return self._output(scanned, x, z), {"ssm": final, "ssm_conv": tail}, prediction
+
+    def step(self, u: Tensor, state: State, *, predict: bool = False) -> tuple[Tensor, State, Prediction]:
+        z, xBC, dt = self._project(u)
+        xBC, tail = self._convolve_step(xBC, state)
+        x, B, C = self._split(xBC)
+        prediction = None
+        if predict:
+            unit = repeat_groups(B / B.square().sum(-1, keepdim=True).clamp(min=torch.finfo(B.dtype).tiny), self.heads)
+            prediction = x.detach(), (at_least_float32(unit)[..., None, :] @ state["ssm"]).squeeze(-2).detach()
+        scanned, h = ssd_step(x, dt, self.A_log, B, C, state=state["ssm"])
+        return self._output(scanned, x, z), {"ssm": h, "ssm_conv": tail}, prediction
+
+
+class GatedDeltaNet(FadingMemory):
+    """Gated delta net: [q, k, v, z, b, a] = W_in u; q, k, v through a short convolution and SiLU, q and k to unit norm;
+    beta = sigmoid(b), g = -exp(A_log) softplus(a + dt_bias); the rule of `ops.gated_delta`;
+    y = W_out (RMSNorm(o) * SiLU(z)), head by head.  Source: arXiv 2412.06464, as in Qwen3-Next."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.qk = config.ssm_groups * config.ssm_state_size
+        super().__init__(config, config.ssm_size + 2 * self.qk, conv_bias=False)
+        std = config.initializer_range
+        self.in_proj = Linear(config.hidden_size, 2 * self.size + 2 * self.qk + 2 * self.heads, std)
+        self.norm = RMSNorm(self.head_dim, config.norm_eps)
+        self.out_proj = Linear(self.size, config.hidden_size, std)
+
+    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        qkv, z, b, a = self.in_proj(u).split((self.size + 2 * self.qk, self.size, self.heads, self.heads), -1)
+        g = -at_least_float32(self.A_log).exp() * F.softplus(at_least_float32(a) + self.dt_bias)
+        return qkv, z, at_least_float32(b).sigmoid(), g
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.split((self.qk, self.qk, self.size), -1)
+        q, k = (
+            repeat_groups(F.normalize(at_least_float32(part).unflatten(-1, (self.groups, self.state_size)), dim=-1, eps=1e-6), self.heads)
+            for part in (q, k)
+        )  # fmt: skip
+        return q * self.state_size**-0.5, k, v.unflatten(-1, (self.heads, self.head_dim))
+
+    def _output(self, o: Tensor, z: Tensor) -> Tensor:
+        gated = self.norm(o.to(z.dtype)) * F.silu(z.unflatten(-1, (self.heads, self.head_dim)))
+        return self.out_proj(gated.flatten(-2))
+
+    def forward(
+        self, u: Tensor, state: State | None, layout: Layout, *, predict: bool = False
+    ) -> tuple[Tensor, State, Prediction]:
+        qkv, z, beta, g = self._project(u)
+        qkv, tail = self._convolve(qkv, state, layout)
+        q, k, v = self._split(qkv)
+        alive = layout.valid[..., None].to(beta.dtype)
+        beta, g = beta * alive, g * alive
+        options = {
+            "chunk_size": self.chunk_size,
+            "state": None if state is None else state["ssm"],
+            "resets": layout.resets,
+        }
+        o, final = gated_delta(q, k, v, beta, g, **options)
+        prediction = None
+        if predict:
+            with torch.no_grad():
+                prediction = v, gated_delta(k, k, v, beta, g, exclusive=True, **options)[0]
+        return self._output(o, z), {"ssm": final, "ssm_conv": tail}, prediction
+
+    def step(self, u: Tensor, state: State, *, predict: bool = False) -> tuple[Tensor, State, Prediction]:
+        qkv, z, beta, g = self._project(u)
+        qkv, tail = self._convolve_step(qkv, state)
+        q, k, v = self._split(qkv)
+        prediction = None
+        if predict:
+            prediction = v.detach(), (k[..., None, :] @ state["ssm"]).squeeze(-2).detach()
+        o, S = gated_delta_step(q, k, v, beta, g, state=state["ssm"])
+        return self._output(o, z), {"ssm": S, "ssm_conv": tail}, prediction
+
+
+def make_ssm(config: ModelConfig) -> SSD | GatedDeltaNet:
+    return SSD(config) if config.ssm == "ssd" else GatedDeltaNet(config)

@@ -1,0 +1,33 @@
+"""One softmax over a set of keys; an empty set gives zero. Shapes: q [batch, heads, queries, head_dim],
+k, v [batch, kv_heads, keys, head_dim], mask bool (True: visible), broadcastable to [batch, heads, queries, keys]."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bmojo.ops.dispatch import dispatched
+
+
+def attend_naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+    """o_i = sum_j softmax_j(q_i . k_j / sqrt(head_dim)) v_j over the visible j, in the dtype given."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    weights = (scores - top).exp()
+    return weights @ v / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
+def attend_chunked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+    """The same through PyTorch's fused kernels."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+attend = dispatched(chunked=attend_chunked, naive=attend_naive)

@@ -1,0 +1,112 @@
+"""The named corners of the family, at sizes from a laptop to the papers'.
+
+    config = presets.bmojo("tiny", vocab_size=256, eidetic_slots=64)
+
+Every function takes the size and any field of `ModelConfig`. At one size all presets have the same hidden size and depth
+and (within 2 %) the same parameters: the width of the MLP makes up for what the mixers differ in, unless
+`intermediate_size` is given. The exception is `mamba2` at the papers' sizes, which is the paper's model: no MLP, twice the
+layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bmojo.config import ModelConfig
+from bmojo.errors import ConfigError, nearest
+from bmojo.nn.count import parameters
+
+# hidden size, layers, heads and MLP width are those of the Transformer of that size; the papers' window is 2048 (the
+# authors' B'MOJO-F) and their vocabulary GPT-NeoX's.
+_PAPER: dict[str, Any] = {"vocab_size": 50280, "chunk_size": 256, "window": 2048, "eidetic_slots": 256,
+                          "ssm_head_dim": 64, "ssm_state_size": 128}  # fmt: skip
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "intermediate_size": 384, "window": 64,
+             "chunk_size": 64, "eidetic_slots": 32, "ssm_head_dim": 32, "ssm_state_size": 16},
+    "mini": {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "intermediate_size": 768, "window": 128,
+             "chunk_size": 64, "eidetic_slots": 64, "ssm_head_dim": 64, "ssm_state_size": 32},
+    "130m": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "intermediate_size": 2048, **_PAPER},
+    "370m": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "intermediate_size": 2816, **_PAPER},
+    "790m": {"hidden_size": 1536, "num_layers": 24, "num_heads": 16, "intermediate_size": 4096, **_PAPER},
+    "1.4b": {"hidden_size": 2048, "num_layers": 24, "num_heads": 16, "intermediate_size": 5632, **_PAPER},
+}  # fmt: skip
+
+
+def _size(size: str, **preset: Any) -> dict[str, Any]:
+    if size not in SIZES:
+        raise ConfigError(f"unknown size {size!r}; {nearest(size, SIZES)}")
+    return {**SIZES[size], "eidetic_slots": 0, **preset}
+
+
+def _build(size: str, fields: dict[str, Any], changes: dict[str, Any]) -> ModelConfig:
+    """The preset with its changes, its MLP as wide as makes it equal the Transformer of that size in parameters."""
+    config = ModelConfig.from_dict({**fields, **changes})
+    if "intermediate_size" in changes or config.intermediate_size == 0:
+        return config
+    shape = {k: changes[k] for k in ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim", "num_kv_heads",
+                                     "tie_embeddings", "qk_norm") if k in changes}  # fmt: skip
+    target = parameters(ModelConfig.from_dict({**_size(size, pattern=["attention"]), **shape}))
+    # parameters grow linearly with the MLP's width
+    slope = 3 * config.hidden_size * config.num_layers
+    width = config.intermediate_size + round((target - parameters(config)) / slope / 8) * 8
+    return config.replace(intermediate_size=max(8, width))
+
+
+def transformer(size: str = "tiny", **changes: Any) -> ModelConfig:
+    """Full attention: a Llama."""
+    return _build(size, _size(size, pattern=["attention"], window=None), changes)
+
+
+def swa(size: str = "tiny", **changes: Any) -> ModelConfig:
+    """Attention over a sliding window: a Mistral."""
+    return _build(size, _size(size, pattern=["attention"]), changes)
+
+
+def mamba2(size: str = "tiny", **changes: Any) -> ModelConfig:
+    """The fading state alone: Mamba-2 (with an MLP at `tiny` and `mini`; intermediate_size=0 leaves it out)."""
+    fields = _size(size, pattern=["ssm"], ssm="ssd", ssm_expand=2, window=None)
+    if size not in ("tiny", "mini"):
+        fields |= {"intermediate_size": 0, "num_layers": 2 * fields["num_layers"]}
+    return _build(size, fields, changes)
+
+
+def gdn(size: str = "tiny", **changes: Any) -> ModelConfig:
+    """The gated delta rule alone, as in the linear layers of Qwen3-Next."""
+    fields = _size(size, pattern=["ssm"], ssm="gdn", window=None)
+    hidden = changes.get("hidden_size", fields["hidden_size"])
+    head_dim = changes.get("ssm_head_dim", fields["ssm_head_dim"])
+    fields["ssm_groups"] = changes.get("ssm_expand", 1) * hidden // head_dim  # a key for every head
+    return _build(size, fields, changes)
+
+
+def hybrid(size: str = "tiny", **changes: Any) -> ModelConfig:
+    """Mamba-2 and sliding-window attention in turn: a dense Jamba. `window=None` for full attention."""
+    return _build(size, _size(size, pattern=["ssm", "attention"], ssm="ssd", ssm_expand=2), changes)
+
+
+def bmojo_f(size: str = "tiny", **changes: Any) -> ModelConfig:
+    """Window and fading memory in one softmax: the authors' B'MOJO-F."""
+    fields = _size(size, pattern=["bmojo"], ssm="ssd")
+    fields["fading_span"] = changes.get("window", fields["window"])
+    return _build(size, fields, changes)
+
+
+def bmojo(size: str = "tiny", **changes: Any) -> ModelConfig:
+    """Window, fading and eidetic memory in one softmax: full B'MOJO."""
+    fields = _size(size, pattern=["bmojo"], ssm="ssd", conv_size=4)
+    fields["fading_span"] = changes.get("window", fields["window"])
+    fields["eidetic_slots"] = SIZES[size]["eidetic_slots"]
+    return _build(size, fields, changes)
+
+
+PRESETS: dict[str, Callable[..., ModelConfig]] = {
+    function.__name__: function for function in (transformer, swa, mamba2, gdn, hybrid, bmojo_f, bmojo)
+}
+
+
+def get(name: str, size: str = "tiny", **changes: Any) -> ModelConfig:
+    """A preset by name; an unknown one is refused with the nearest known."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown model {name!r}; {nearest(name, PRESETS)}")
+    return PRESETS[name](size, **changes)
