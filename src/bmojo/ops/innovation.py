@@ -73,10 +73,10 @@ def rls_chunked(
     K = k.view(batch, -1, chunk_size, dim)
     alive = valid.view(batch, -1, chunk_size)
     later = alive.flip(-1).cumsum(-1).flip(-1) - alive.long()  # tokens of the chunk that come after
-    faded = K * (forgetting**later)[..., None]
+    faded = K * (later.to(k.dtype) * math.log(forgetting)).exp()[..., None]
     within = faded.mT @ K  # [batch, chunks, dim, dim]
     plain = K.mT @ K
-    shrink = forgetting ** alive.sum(-1)
+    shrink = (alive.sum(-1).to(k.dtype) * math.log(forgetting)).exp()
     ridge = RLS_RIDGE * torch.eye(dim, dtype=k.dtype, device=k.device)
     priors = []
     for c in range(K.shape[1]):
