@@ -46,7 +46,7 @@ class ModelConfig:
     window: int | None = 64  # the token itself and the window-1 before; None: all
     qk_norm: bool = False
     rope_theta: float = 10000.0
-    conv_size: int = 0  # short causal convolution before q, k, v; 0: none
+    conv_size: int = 0  # short causal convolution that keys are made from; 0: none
     tie_sources: bool = True  # one W_k, W_v for x and y; False: the fading tokens get their own
     chunk_size: int = 64  # refresh period of the eidetic set, and block of the chunked computation
 

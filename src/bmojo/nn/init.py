@@ -72,3 +72,15 @@ class CausalConv(nn.Module):
             part = extended[:, self.lags - lag : self.lags - lag + length] * self.weight[:, -1 - lag]
             y = y + (part if position is None else part * (position >= lag)[..., None].to(part.dtype))
         return y if self.bias is None else y + self.bias
+
+
+class KeyConv(CausalConv):
+    """The convolution that keys are made from. It starts near the token before, so that at initialisation q_i . k_j
+    compares token i with what came before token j: a stored value is found under the key that it followed, and a layer
+    can recall at once what it would first have to learn to bind."""
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__(channels, size, bias=False)
+        if size > 1:
+            with torch.no_grad():
+                self.weight.mul_(0.2)[:, -2] += 1

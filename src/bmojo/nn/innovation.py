@@ -79,7 +79,8 @@ class Innovation(nn.Module):
                     score = ops.relative_error(*prediction).mean(-1)  # type: ignore[misc]
                 return score, {}, None
             case "head":
-                extended = layout.extend(y.detach(), None if state is None else state["last_y"], 1)  # type: ignore[union-attr]
+                last = None if state is None else state["last_y"][:, None]
+                extended = layout.extend(y.detach(), last, 1)  # type: ignore[union-attr]
                 past = extended[:, :-1] * (layout.position > 0)[..., None].to(x.dtype)
                 error = ops.relative_error(x, self.predict(past))
                 count = layout.valid.sum().clamp(min=1)

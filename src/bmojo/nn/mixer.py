@@ -12,7 +12,8 @@ ONE softmax, to
     fading                        yyyyyyyyyy  (i-W-F, i-W]
     window                                  xxxxxxxxxx  (i-W, i]
 
-so no token is seen twice and none falls between. Chunks, padding and documents: `bmojo.memory.layout`.
+so no token is seen twice and none falls between. With `conv_size`, keys are made from a short causal convolution of x,
+queries and values from x itself: a stored value then carries the key it came under. Chunks, padding and documents: `bmojo.memory.layout`.
 A layer of kind "ssm" gives y itself; one of kind "attention" has the window alone, or everything (window=None).
 
 The state of a layer is a dict of tensors, batch first (sizes in tokens; K key-value heads of size P):
@@ -33,13 +34,14 @@ from bmojo.config import ModelConfig
 from bmojo.memory.eidetic import compact_positions, keep_best, select
 from bmojo.memory.layout import Layout, blocks, make_layout
 from bmojo.memory.step import Step, grow
-from bmojo.nn.init import CausalConv, Linear, RMSNorm
+from bmojo.nn.init import KeyConv, Linear, RMSNorm
 from bmojo.nn.innovation import Innovation
 from bmojo.nn.ssm import Prediction, State, make_ssm
 from bmojo.ops.attention import attend
 from bmojo.ops.rope import rope_table, rotate
 
 Place = Layout | Step
+Rope = tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Mixer(nn.Module):
             return
         std, heads, kv_heads, size = config.initializer_range, config.num_heads, config.num_kv_heads, config.head_dim
         assert kv_heads is not None and size is not None
-        self.conv = CausalConv(config.hidden_size, config.conv_size, bias=False) if config.conv_size else None
+        self.conv = KeyConv(config.hidden_size, config.conv_size) if config.conv_size else None
         self.q_proj = Linear(config.hidden_size, heads * size, std)
         self.k_proj = Linear(config.hidden_size, kv_heads * size, std)
         self.v_proj = Linear(config.hidden_size, kv_heads * size, std)
@@ -141,12 +143,17 @@ class Mixer(nn.Module):
             new |= part
             if self.kind == "ssm":
                 return y, new
+        shifted = x
         if self.conv is not None:
             extended = layout.extend(x, None if state is None else state["conv"], self.conv.lags)
-            x = self.conv(extended, layout.position if layout.packed else None)
+            shifted = self.conv(extended, layout.position if layout.packed else None)
             new["conv"] = layout.tail(extended, self.conv.lags)
-        read = self._read_everything if self.config.window is None else self._read_memories
-        o, part = read(x, y, prediction, state, layout, trace)
+        q = self._queries(x, layout)
+        k, v = self._keys(shifted, x, self._rope(layout, x.dtype))
+        if self.config.window is None:
+            o, part = self._read_everything(q, k, v, state, layout)
+        else:
+            o, part = self._read_memories(q, k, v, shifted, y, prediction, state, layout, trace)
         return self.o_proj(o.flatten(-2)), new | part
 
     def step(self, x: Tensor, state: State, at: Step, trace: Trace | None = None) -> tuple[Tensor, State]:
@@ -158,11 +165,14 @@ class Mixer(nn.Module):
             new |= part
             if self.kind == "ssm":
                 return y, new
+        shifted = x
         if self.conv is not None:
             extended = torch.cat((state["conv"].to(x.dtype), x[:, None]), 1)
-            x = self.conv(extended)[:, 0]
+            shifted = self.conv(extended)[:, 0]
             new["conv"] = extended[:, 1:]
-        o, part = self._step_attention(x, y, prediction, state, at, trace)
+        q, table = self._queries(x, at), self._rope(at, x.dtype)
+        k, v = self._keys(shifted, x, table)
+        o, part = self._step_attention(q, k, v, shifted, y, prediction, state, at, trace)
         return self.o_proj(o.flatten(-2)), new | part
 
     @property
@@ -174,39 +184,39 @@ class Mixer(nn.Module):
         q = self.q_proj(x).unflatten(-1, (-1, self.config.head_dim))
         return rotate(q if self.q_norm is None else self.q_norm(q), self._rope(at, q.dtype))
 
-    def _keys(self, x: Tensor, table: tuple[Tensor, Tensor], *, fading: bool = False) -> tuple[Tensor, Tensor]:
+    def _keys(self, shifted: Tensor, x: Tensor, table: Rope, *, fading: bool = False) -> tuple[Tensor, Tensor]:
+        """Keys of `shifted`, turned by `table`, and values of `x`."""
         own = fading and not self.config.tie_sources
         key, value, norm = (
             (self.fading_k_proj, self.fading_v_proj, self.fading_k_norm)
             if own
             else (self.k_proj, self.v_proj, self.k_norm)
         )
-        k = key(x).unflatten(-1, (-1, self.config.head_dim))
+        k = key(shifted).unflatten(-1, (-1, self.config.head_dim))
         v = value(x).unflatten(-1, (-1, self.config.head_dim))
         return rotate(k if norm is None else norm(k), table), v
 
-    def _rope(self, at: Place, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _rope(self, at: Place, dtype: torch.dtype) -> Rope:
         return at.rope(self.config.head_dim, self.config.rope_theta, dtype)  # type: ignore[arg-type]
 
-    def _table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _table(self, positions: Tensor, dtype: torch.dtype) -> Rope:
         return rope_table(positions, self.config.head_dim, self.config.rope_theta, dtype)  # type: ignore[arg-type]
 
     # the chunked form
     def _read_everything(
-        self, x: Tensor, y: Tensor | None, prediction: Prediction, state: State | None, layout: Layout, trace: Trace | None
+        self, q: Tensor, k: Tensor, v: Tensor, state: State | None, layout: Layout
     ) -> tuple[Tensor, State]:
         """Causal attention over the whole document, behind a cache that grows."""
-        q = self._queries(x, layout).transpose(1, 2)
-        k, v = self._keys(x, self._rope(layout, x.dtype))
+        q = q.transpose(1, 2)
         if state is None and not layout.packed:
             o = attend(q, k.transpose(1, 2), v.transpose(1, 2), causal=True)
         else:
             old_k, old_v = (state["k"], state["v"]) if state is not None else (k[:, :0], v[:, :0])
             size = old_k.shape[1]
             start = layout.position[:, :1] + layout.offset[:, None]
-            number = torch.arange(size, device=x.device)
+            number = torch.arange(size, device=k.device)
             new_position = layout.position.masked_fill(~layout.valid, -1)
-            at = torch.cat((number.expand(x.shape[0], -1), new_position), 1)[:, None]
+            at = torch.cat((number.expand(k.shape[0], -1), new_position), 1)[:, None]
             of = torch.cat(((number < start).long() - 1, layout.segment_of_slot), 1)[:, None]
             mine = layout.segment_of_slot[..., None]
             mask = (of == mine) & (at <= layout.position[..., None]) & (at >= 0)
@@ -229,15 +239,13 @@ class Mixer(nn.Module):
         return nn.functional.pad(cache, (0, 0, 0, 0, 0, 1)).scatter(1, target, new)[:, :spare]
 
     def _read_memories(
-        self, x: Tensor, y: Tensor | None, prediction: Prediction, state: State | None, layout: Layout, trace: Trace | None
-    ) -> tuple[Tensor, State]:
+        self, q: Tensor, k: Tensor, v: Tensor, shifted: Tensor, y: Tensor | None, prediction: Prediction,
+        state: State | None, layout: Layout, trace: Trace | None,
+    ) -> tuple[Tensor, State]:  # fmt: skip
         """Every chunk of queries against [eidetic slots | fading | window], as one batch of dense blocks."""
         config, N = self.config, layout.chunks
         W, F, stride = config.window, config.fading_span, config.fading_stride
         assert W is not None
-        q = self._queries(x, layout)
-        table = self._rope(layout, x.dtype)
-        k, v = self._keys(x, table)
         k, v = (layout.history(None if state is None else state[n], z, W) for n, z in (("k", k), ("v", v)))
         keys, values = [blocks(k, N, layout.chunk, W)], [blocks(v, N, layout.chunk, W)]
         masks = [layout.reachable(W, 1, 0, W)]
@@ -246,14 +254,15 @@ class Mixer(nn.Module):
             assert y is not None
             size = self._fading_entries
             every = slice(stride - 1, None, stride)
-            fading = self._keys(y[:, every], (table[0][:, every], table[1][:, every]), fading=True)
+            cos, sin = self._rope(layout, y.dtype)
+            fading = self._keys(y[:, every], y[:, every], (cos[:, every], sin[:, every]), fading=True)
             for name, part, out in zip(("fading_k", "fading_v"), fading, (keys, values), strict=True):
                 past = layout.history(None if state is None else state[name], part, size, stride)
                 out.append(blocks(past, N, layout.chunk // stride, size, W // stride))
                 new[name] = layout.ring(past, size, stride)
             masks.append(layout.reachable(size, stride, W, F))
         if self.innovation is not None:
-            score, part, loss = self.innovation(x, y, prediction, state, layout)
+            score, part, loss = self.innovation(shifted, y, prediction, state, layout)
             new |= part
             slot_k, slot_v, mask, part = self._recall(k[:, W:], v[:, W:], score, state, layout)
             new |= part
@@ -265,9 +274,9 @@ class Mixer(nn.Module):
                 trace.kept.append(part["slot_position"])
                 if loss is not None:
                     trace.losses.append(loss)
-        rows = x.shape[0]
+        rows = q.shape[0]
         mask = torch.cat([m.expand(rows, -1, -1, -1) for m in masks], -1)
-        own = torch.eye(layout.chunk, dtype=torch.bool, device=x.device)
+        own = torch.eye(layout.chunk, dtype=torch.bool, device=q.device)
         mask[..., W : W + layout.chunk] |= own & ~layout.valid.unflatten(1, (N, -1))[..., None]  # padding sees itself
         o = attend(
             q.unflatten(1, (N, -1)).flatten(0, 1).transpose(1, 2),
@@ -330,11 +339,10 @@ class Mixer(nn.Module):
 
     # one token
     def _step_attention(
-        self, x: Tensor, y: Tensor | None, prediction: Prediction, state: State, at: Step, trace: Trace | None
-    ) -> tuple[Tensor, State]:
+        self, q: Tensor, k: Tensor, v: Tensor, shifted: Tensor, y: Tensor | None, prediction: Prediction,
+        state: State, at: Step, trace: Trace | None,
+    ) -> tuple[Tensor, State]:  # fmt: skip
         config = self.config
-        q, table = self._queries(x, at), self._rope(at, x.dtype)
-        k, v = self._keys(x, table)
         if config.window is None:
             new = {name: at.put(at.room(state[name]), at.position, z) for name, z in (("k", k), ("v", v))}
             return self._attend_step(q, [new["k"]], [new["v"]], [at.reachable_in_cache(new["k"].shape[1])]), new
@@ -342,7 +350,8 @@ class Mixer(nn.Module):
         new = {"k": at.put_in_ring(state["k"], k), "v": at.put_in_ring(state["v"], v)}
         keys, values, masks = [new["k"]], [new["v"]], [at.reachable(W, 1, 0, W)]
         if self.has_fading:
-            fading_k, fading_v = self._keys(y, table, fading=True)  # type: ignore[arg-type]
+            assert y is not None
+            fading_k, fading_v = self._keys(y, y, self._rope(at, y.dtype), fading=True)
             new["fading_k"] = at.put_in_ring(state["fading_k"], fading_k, stride)
             new["fading_v"] = at.put_in_ring(state["fading_v"], fading_v, stride)
             keys.append(new["fading_k"])
@@ -357,7 +366,7 @@ class Mixer(nn.Module):
             keys.append(slot_k)
             values.append(state["slot_v"])
             masks.append((position >= 0) & (position <= at.position[:, None] - W))
-            score, part = self.innovation.step(x, y, prediction, state, at)
+            score, part = self.innovation.step(shifted, y, prediction, state, at)
             new |= part
             new |= self._admit(score, new, state, at)
             if trace is not None:

@@ -100,8 +100,8 @@ def ema(
     x: Tensor, valid: Tensor, mean: Tensor | None, *, chunk_size: int, forgetting: float, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Scores [batch, time] of x [batch, time, dim], and the fading mean [batch, dim] after it."""
-    rate = -math.log(forgetting)
-    dt = rate * at_least_float32(valid)[..., None]
+    x = at_least_float32(x)
+    dt = -math.log(forgetting) * valid.to(x.dtype)[..., None]
     ones = torch.ones_like(dt)[..., None]
     zero = torch.zeros(1, dtype=dt.dtype, device=dt.device)
     state = None if mean is None else mean[:, None, None]
