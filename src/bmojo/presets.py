@@ -46,11 +46,15 @@ def _build(size: str, fields: dict[str, Any], changes: dict[str, Any]) -> ModelC
         return config
     shape = {k: changes[k] for k in ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim", "num_kv_heads",
                                      "tie_embeddings", "qk_norm") if k in changes}  # fmt: skip
-    target = parameters(ModelConfig.from_dict({**_size(size, pattern=["attention"]), **shape}))
-    # parameters grow linearly with the MLP's width
-    slope = 3 * config.hidden_size * config.num_layers
-    width = config.intermediate_size + round((target - parameters(config)) / slope / 8) * 8
-    return config.replace(intermediate_size=max(8, width))
+    return _fit(config, parameters(ModelConfig.from_dict({**_size(size, pattern=["attention"]), **shape})))
+
+
+def _fit(config: ModelConfig, target: int) -> ModelConfig:
+    """The configuration with its MLP as wide as brings it to `target` parameters: in steps of 8, or 1 in small models."""
+    step = 8 if config.hidden_size >= 512 else 1
+    slope = 3 * config.hidden_size * config.num_layers * step  # parameters grow linearly with the width
+    width = config.intermediate_size + round((target - parameters(config)) / slope) * step
+    return config.replace(intermediate_size=max(step, width))
 
 
 def transformer(size: str = "tiny", **changes: Any) -> ModelConfig:
@@ -110,3 +114,17 @@ def get(name: str, size: str = "tiny", **changes: Any) -> ModelConfig:
     if name not in PRESETS:
         raise ConfigError(f"unknown model {name!r}; {nearest(name, PRESETS)}")
     return PRESETS[name](size, **changes)
+
+
+def matched(name: str, size: str = "tiny", **changes: Any) -> ModelConfig:
+    """A preset to be compared with others at equal parameters: the depth and the parameters of the Transformer of that
+    size with these changes. `mamba2` then has an MLP at every size, and a change of the window is left out where it
+    would make another model of the preset."""
+    depth = changes.setdefault("num_layers", SIZES[size]["num_layers"])
+    width = changes.pop("intermediate_size", SIZES[size]["intermediate_size"])
+    window = changes.pop("window", None)
+    own = {key: value for key, value in changes.items() if key != "eidetic_slots"}
+    target = parameters(transformer(size, **own, intermediate_size=width))
+    if window is not None and name not in ("transformer", "mamba2", "gdn"):
+        changes["window"] = window
+    return _fit(get(name, size, **{**changes, "num_layers": depth, "intermediate_size": width}), target)

@@ -8,7 +8,7 @@ from importlib import resources
 import jsonschema
 import pytest
 
-from bmojo.compare.results import read_results, validate, write_atomic, write_results
+from bmojo.compare.results import read_results, validate, write_results
 from bmojo.errors import CheckpointError, MissingPackageError
 
 TEXT_BMOJO, RECALL = 6, 7  # indices into the fixture's models
@@ -120,16 +120,6 @@ def test_refused_results_leave_the_old_file(tmp_path, results):
     with pytest.raises(CheckpointError):
         write_results(path, {**results, "version": 2})
     assert read_results(path) == results
-
-
-def test_a_failed_write_leaves_no_temporary_file(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomic(tmp_path / "file", b"data")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("content", [None, "{", json.dumps({"version": 1})])

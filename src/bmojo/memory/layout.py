@@ -77,7 +77,7 @@ class Layout:
             return F.pad(x, (0, 0) * (x.ndim - 2) + (0, extra)) if extra else x
         shape = (*self.source.shape, *(1,) * (x.ndim - 2))
         placed = x.gather(1, self.source.view(shape).expand(-1, -1, *x.shape[2:]))
-        return placed * self.valid.view(shape).to(x.dtype)
+        return placed.masked_fill(~self.valid.view(shape), 0)
 
     def restore(self, y: Tensor) -> Tensor:
         """[B, L, ...] -> [B, T, ...], zero at padding."""
@@ -90,7 +90,7 @@ class Layout:
     def rope(self, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         key = ("rope", head_dim, theta, dtype)
         if key not in self.cache:
-            rows = self.position[:1] if self.source is None else self.position
+            rows = self.position[:1] if self.source is None and not self.continued else self.position
             self.cache[key] = rope_table(rows, head_dim, theta, dtype)
         return self.cache[key]
 
@@ -253,7 +253,9 @@ def make_layout(
     source = scatter(order, 0)
     valid = scatter(is_token.long(), 0).bool()
     first = start - offset
-    base = scatter(at - slot, -(2**62)).unflatten(1, (chunks, chunk)).amax(2)  # position minus slot, a constant of a chunk
+    base = (
+        scatter(at - slot, -(2**62)).unflatten(1, (chunks, chunk)).amax(2)
+    )  # position minus slot, a constant of a chunk
     segment = scatter(boundary.cumsum(1), -1).unflatten(1, (chunks, chunk)).amax(2).cummax(1).values.clamp(min=0)
     base = torch.where(base > -(2**62), base, first[:, None])
     slots = torch.arange(length, device=device)

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from bmojo.config import ModelConfig
 from bmojo.errors import StateError
+from bmojo.files import write_whole
 
 FORMAT = "bmojo.memory-state"
 VERSION = 1
@@ -136,17 +136,3 @@ def require_same(saved: ModelConfig, config: ModelConfig) -> None:
             f"the state belongs to another model: {name} is {ours[name]!r} here and {theirs[name]!r} in the state; "
             "load the state with the model that made it"
         )
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a crash or a full disk leaves the old one, or none, never half of one."""
-    partial: Any = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StateError(f"can't write {path}: {error.strerror}; nothing was overwritten") from error

@@ -17,8 +17,19 @@ def ssm_parameters(config: ModelConfig) -> int:
     shared = config.ssm_groups * config.ssm_state_size
     channels = size + 2 * shared
     if config.ssm == "ssd":
-        return hidden * (2 * size + 2 * shared + heads) + channels * (config.ssm_conv + 1) + 3 * heads + size * (hidden + 1)
-    return hidden * (2 * size + 2 * shared + 2 * heads) + channels * config.ssm_conv + 2 * heads + config.ssm_head_dim + size * hidden
+        return (
+            hidden * (2 * size + 2 * shared + heads)
+            + channels * (config.ssm_conv + 1)
+            + 3 * heads
+            + size * (hidden + 1)
+        )
+    return (
+        hidden * (2 * size + 2 * shared + 2 * heads)
+        + channels * config.ssm_conv
+        + 2 * heads
+        + config.ssm_head_dim
+        + size * hidden
+    )
 
 
 def _parts(config: ModelConfig, kind: str) -> tuple[bool, bool, bool]:
@@ -106,7 +117,9 @@ def layer_state_bytes(config: ModelConfig, kind: str, context: int, *, width: in
         if eidetic:
             total += config.eidetic_slots * (row + exact + 8) + exact * config.chunk_size
             dim = min(config.innovation_dim, hidden)
-            total += {"rls": 2 * exact * dim * dim, "ema": exact * hidden, "head": width * hidden}.get(config.innovation, 0)
+            total += {"rls": 2 * exact * dim * dim, "ema": exact * hidden, "head": width * hidden}.get(
+                config.innovation, 0
+            )
     return total
 
 

@@ -66,7 +66,9 @@ class Innovation(nn.Module):
             case "rls":
                 with torch.no_grad():
                     k = self._features(x)
-                    start = ops.rls_start(x.shape[0], self.dim, k) if state is None else (state["rls_A"], state["rls_M"])
+                    start = (
+                        ops.rls_start(x.shape[0], self.dim, k) if state is None else (state["rls_A"], state["rls_M"])
+                    )
                     score, A, M = ops.rls(k, layout.valid, *start, forgetting=self.forgetting, **options)
                 return score, {"rls_A": A, "rls_M": M}, None
             case "ema":

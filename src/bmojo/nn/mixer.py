@@ -316,7 +316,11 @@ class Mixer(nn.Module):
         offset = (torch.arange(batch, device=k.device) * k.shape[1])[:, None]
 
         def pick(source: Tensor, index: Tensor) -> Tensor:
-            return source.flatten(0, 1).index_select(0, (index.flatten(1) + offset).flatten()).view(*index.shape, *source.shape[2:])
+            return (
+                source.flatten(0, 1)
+                .index_select(0, (index.flatten(1) + offset).flatten())
+                .view(*index.shape, *source.shape[2:])
+            )
 
         slot_k, slot_v = pick(k, index), pick(v, index)
         start = layout.position[:, :: layout.chunk]

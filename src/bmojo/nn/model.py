@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from bmojo.config import ModelConfig
 from bmojo.errors import CheckpointError, ConfigError, StateError
+from bmojo.files import write_whole
 from bmojo.memory.layout import Layout, make_layout
-from bmojo.memory.state import MemoryState, require_same, write_whole
+from bmojo.memory.state import MemoryState, require_same
 from bmojo.memory.step import Step
 from bmojo.nn.init import Linear, RMSNorm
 from bmojo.nn.mixer import Mixer, Trace
@@ -96,9 +97,7 @@ class BMojoLM(nn.Module):
         `donate`: the state that came in is given up, and its buffers may be reused (decoding loops).
         `trace`: notes innovations, kept positions and auxiliary losses.
         """
-        features, state = self.features(
-            tokens, state, mask=mask, document_ids=document_ids, donate=donate, trace=trace
-        )
+        features, state = self.features(tokens, state, mask=mask, document_ids=document_ids, donate=donate, trace=trace)
         return self.logits(features), state
 
     def features(

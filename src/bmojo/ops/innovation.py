@@ -36,7 +36,9 @@ def rls_start(batch: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return A, A + RLS_RIDGE * torch.eye(dim, dtype=A.dtype, device=A.device)
 
 
-def rls_step(k: Tensor, A: Tensor, M: Tensor, ends_chunk: Tensor, *, forgetting: float) -> tuple[Tensor, Tensor, Tensor]:
+def rls_step(
+    k: Tensor, A: Tensor, M: Tensor, ends_chunk: Tensor, *, forgetting: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """One token k [batch, dim]; `ends_chunk` [batch] bool. Returns score [batch], A, M."""
     k = at_least_float32(k)
     leverage = (k * torch.cholesky_solve(k[..., None], torch.linalg.cholesky(M)).squeeze(-1)).sum(-1)
@@ -130,7 +132,7 @@ def relative_error(value: Tensor, predicted: Tensor) -> Tensor:
     """|value - predicted|^2 / |value|^2 over the last dimension; 0 for a zero value."""
     value = at_least_float32(value)
     size = value.square().sum(-1)
-    return (value - predicted).square().sum(-1) / size.clamp(min=torch.finfo(size.dtype).tiny)
+    return ((value - predicted).square().sum(-1) / size.masked_fill(size == 0, 1)).masked_fill(size == 0, 0)
 
 
 def position_score(kind: str, position: Tensor, seed: int) -> Tensor:
@@ -141,6 +143,9 @@ def position_score(kind: str, position: Tensor, seed: int) -> Tensor:
     if kind == "first":
         return 1 / (1 + position.to(torch.float32))
     mixed = (position + 1) * 2654435761 + (seed + 1) * 40503
-    for multiplier, shift in ((2246822519, 15), (3266489917, 13)):  # an integer hash: the same in any call, any chunking
+    for multiplier, shift in (
+        (2246822519, 15),
+        (3266489917, 13),
+    ):  # an integer hash: the same in any call, any chunking
         mixed = ((mixed ^ ((mixed & 0xFFFFFFFF) >> shift)) * multiplier) & 0xFFFFFFFF
     return (mixed & 0xFFFFFF).to(torch.float32) / 2**24

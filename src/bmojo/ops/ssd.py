@@ -39,9 +39,7 @@ def ssd_naive(
     return torch.stack(y, 1), h
 
 
-def ssd_step(
-    x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, *, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def ssd_step(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token: x [batch, heads, head_dim], dt [batch, heads], B and C [batch, groups, state_size]."""
     x, dt, B, C = map(at_least_float32, (x, dt, B, C))
     heads = x.shape[1]

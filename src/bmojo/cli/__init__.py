@@ -1,0 +1,105 @@
+"""The command line: one file a verb. Nothing heavy is imported before a verb needs it.
+
+What the user can mend is one line on stderr and exit code 2; anything else is a traceback, and a bug of ours.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import typer
+
+from bmojo import __version__
+from bmojo.errors import BMojoError, nearest
+
+
+class Verb(NamedTuple):
+    """A command: the function of its own name in `module`, loaded when it is called."""
+
+    module: str
+    help: str
+    resumes: bool = False  # after an interrupt the same command goes on
+
+    def function(self, name: str) -> Callable[..., Any]:
+        return getattr(importlib.import_module(self.module), name)
+
+
+VERBS = {
+    "compare": Verb("bmojo.cli.compare", "Train and compare models on equal terms, and write a report.", resumes=True),
+    "info": Verb("bmojo.cli.info", "Parameters, FLOPs and state bytes of a configuration."),
+    "train": Verb("bmojo.cli.train", "Train a model on text.", resumes=True),
+    "eval": Verb("bmojo.cli.eval", "Bits per byte of a trained model on text."),
+    "generate": Verb("bmojo.cli.generate", "Text from a trained model, as it is made."),
+}
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process') and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    name = arguments[0]
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            if not name.startswith("-") and name not in VERBS:
+                raise BMojoError(f"unknown command {name!r}; {nearest(name, VERBS)}")
+            command = typer.main.get_command(_app(name))
+            code = command.main(arguments, prog_name="bmojo", standalone_mode=False) or 0
+            sys.stdout.flush()
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except BrokenPipeError:  # who read stdout has gone, and Python flushes it at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except BMojoError as error:
+            return _fail(str(error))
+        except OSError as error:
+            if error.filename is None and error.strerror is None:
+                raise
+            where = "" if error.filename is None else f"{error.filename}: "
+            return _fail(f"{where}{error.strerror}; check the path and the space left on the disk")
+        except Exception as error:
+            explain = getattr(error, "format_message", None)  # usage errors of typer, or of click in older ones
+            if explain is None:
+                raise
+            return _fail(f"{explain()} See: bmojo {name} --help")
+    if code == INTERRUPTED:
+        resumes = name in VERBS and VERBS[name].resumes
+        print("bmojo: stopped" + ("; run the same command again to go on" if resumes else ""), file=sys.stderr)
+    return code
+
+
+def _app(chosen: str) -> typer.Typer:
+    """All verbs, of which only the chosen one is loaded."""
+    app = typer.Typer(
+        name="bmojo",
+        help="B'MOJO: sequence models that read four memories.",
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback(invoke_without_command=True)
+    def version(show: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+        if show:
+            print(__version__)
+
+    for name, verb in VERBS.items():
+        app.command(name, help=verb.help)(verb.function(name) if name == chosen else _unloaded)
+    return app
+
+
+def _unloaded() -> None: ...
+
+
+def _fail(message: str) -> int:
+    print(f"bmojo: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"bmojo: warning: {message}", file=sys.stderr)

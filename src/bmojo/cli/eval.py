@@ -1,0 +1,62 @@
+"""`bmojo eval`: how well a trained model predicts text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from bmojo.cli.checkpoint import open_checkpoint
+from bmojo.cli.options import AsJson, Checkpoint, Errors, Seed, Threads, TokenizerSpec, use_threads
+from bmojo.data import TextData, read_documents
+from bmojo.errors import DataError
+
+LONG_DOCUMENTS = 16  # read for the scores by position
+FIRST_POSITION, LAST_POSITION = 64, 65536
+
+
+def eval(
+    checkpoint: Checkpoint,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="'stdlib', a file, a folder, a glob or hf:NAME[:CONFIG]; the run's held-out text if left out."
+        ),
+    ] = None,
+    tokenizer: TokenizerSpec = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Read at most so much, of at least 8 documents.")] = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    errors: Errors = "strict",
+    as_json: AsJson = False,
+) -> None:
+    from bmojo.eval import Documents, TokenLists, by_position, score_documents
+
+    use_threads(threads)
+    model, codec = open_checkpoint(checkpoint, tokenizer)
+    if text is not None:
+        store: Documents = TokenLists(read_documents(text, errors=errors), codec)
+    elif (checkpoint / "data").is_dir():
+        store = TextData(checkpoint / "data").eval
+    else:
+        raise DataError(f"{checkpoint} keeps no held-out text; name some with --text")
+    score = score_documents(model, store, max_bytes=max_bytes, seed=seed)
+    positions = [2**i for i in range(FIRST_POSITION.bit_length() - 1, LAST_POSITION.bit_length())]
+    curve = by_position(
+        model,
+        store,
+        positions=[position for position in positions if position <= store.lengths.max()],
+        documents=LONG_DOCUMENTS,
+        bytes_per_token=float(store.bytes.sum() / store.lengths.sum()),
+        seed=seed,
+    )
+    if as_json:
+        print(json.dumps({**asdict(score), "by_position": curve}))
+        return
+    low, high = score.ci95
+    print(f"{score.bits_per_byte:.4f} bits per byte, 95 % interval {low:.4f} to {high:.4f}")
+    print(f"{score.documents:,} documents, {score.bytes:,} bytes")
+    for position, bits in curve:
+        print(f"up to token {position:>6,}: {bits:.4f} bits per byte")

@@ -1,0 +1,68 @@
+"""Options that several verbs share, and what they mean."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bmojo.config import ModelConfig
+from bmojo.errors import ConfigError, nearest
+
+Model = Annotated[
+    str, typer.Option("--model", "--preset", help="Preset: bmojo, bmojo_f, transformer, swa, mamba2, ...")
+]
+Size = Annotated[str, typer.Option(help="Size of the preset: tiny, mini, 130m, 370m, 790m, 1.4b.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the model; may be repeated.")
+]
+Text = Annotated[str, typer.Option(help="'stdlib', a file, a folder, a glob or hf:NAME[:CONFIG].")]
+Errors = Annotated[str, typer.Option(help="Bytes that are not UTF-8: 'strict' refuses them, 'replace' puts U+FFFD.")]
+Seed = Annotated[int, typer.Option(min=0)]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores if left out.")]
+Checkpoint = Annotated[Path, typer.Argument(help="A run folder, or its model folder.")]
+TokenizerSpec = Annotated[
+    str | None, typer.Option("--tokenizer", help="'bytes' or a .json file; found beside the model if left out.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
+    """`["window=128", "pattern=ssm,bmojo", "num_kv_heads=none"]` to fields of ModelConfig, by their declared types."""
+    types = {field.name: str(field.type) for field in dataclasses.fields(ModelConfig)}
+    settings = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes key=value, got {pair!r}; for example --set window=128")
+        if name not in types:
+            raise ConfigError(f"unknown setting {name!r}; {nearest(name, types)}")
+        settings[name] = _parse(name, value, types[name])
+    return settings
+
+
+def _parse(name: str, value: str, kind: str) -> Any:
+    kind, _, optional = kind.partition(" | ")
+    if optional and value.lower() == "none":
+        return None
+    match kind:
+        case "str":
+            return value
+        case "bool" if value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        case "tuple[str, ...]":
+            return tuple(part.strip() for part in value.split(","))
+    try:
+        return {"int": int, "float": float}[kind](value)
+    except (KeyError, ValueError):
+        names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+        raise ConfigError(f"{name} must be {names[kind]}{' or none' * bool(optional)}, got {value!r}") from None
+
+
+def use_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)

@@ -1,0 +1,344 @@
+"""The main job: train the family on the same batches, measure everything in one run, write results and report.
+
+    runs/compare/<name>/job.json                what the run is; another job is refused this folder
+                        data/                   the corpus as tokens
+                        text/<preset>/          model/, train.json, tensorboard/, checkpoints/ while it trains, and
+                        recall/<preset>/        entry.json: the model's finished entry of results.json
+                        results.json  report.html  report.md  figures/
+
+Every part is finished once and then only read, so a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import platform
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+import bmojo
+from bmojo import presets
+from bmojo.compare.profiles import CONTEXTS, RecallPlan, TextPlan, get_profile
+from bmojo.compare.report import write_report
+from bmojo.compare.results import write_results
+from bmojo.config import ModelConfig
+from bmojo.data import PackedRows, TextData, Tokenizer, prepare, require_length, single_document_windows
+from bmojo.errors import BMojoError, CheckpointError, ConfigError, nearest
+from bmojo.eval import by_position, decode_cost, recall, score_documents
+from bmojo.files import write_whole
+from bmojo.nn.count import parameters
+from bmojo.nn.mixer import Trace
+from bmojo.nn.model import BMojoLM
+from bmojo.train import TrainRecord, train
+
+SUITES = ("text", "recall")
+TOLERANCE = 0.02  # largest relative difference in parameters between the models of a suite
+SAMPLE_TOKENS = 768  # of the text that shows what the eidetic memories kept
+WEIGHT_OF_EVALUATION = 0.3  # in training steps of the model: for the progress bar
+
+
+class Watcher(Protocol):
+    """What the job tells whoever watches."""
+
+    def start(self, total: float) -> None:
+        """The job begins; `total` is its work, in the unit of `advance`."""
+
+    def model(self, name: str, steps: int) -> None:
+        """A model begins, of so many training steps."""
+
+    def step(self, step: int, loss: float) -> None:
+        """A training step of it is done."""
+
+    def stage(self, what: str) -> None:
+        """Something else than training begins."""
+
+    def done(self, entry: dict[str, Any], work: float) -> None:
+        """The model is finished; `work` is all of its work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What `bmojo compare` is asked to do."""
+
+    folder: Path
+    profile: str = "quick"
+    models: tuple[str, ...] = tuple(presets.PRESETS)
+    suites: tuple[str, ...] = SUITES
+    text: str = "stdlib"
+    errors: str = "strict"
+    seed: int = 0
+    command: str = "bmojo compare"
+
+    def __post_init__(self) -> None:
+        for what, chosen, known in (("model", self.models, presets.PRESETS), ("suite", self.suites, SUITES)):
+            if not chosen:
+                raise ConfigError(f"no {what} chosen; {nearest('', known)}")
+            for name in chosen:
+                if name not in known:
+                    raise ConfigError(f"unknown {what} {name!r}; {nearest(name, known)}")
+            if len(set(chosen)) < len(chosen):
+                raise ConfigError(f"a {what} is named twice in {','.join(chosen)}; name each once")
+        get_profile(self.profile)
+
+
+def run(job: Job, tokenizer: Tokenizer, watcher: Watcher) -> dict[str, Any]:
+    """Do the job, or what is left of it; returns the results and writes them with their report."""
+    profile = get_profile(job.profile)
+    plans: dict[str, TextPlan | RecallPlan] = {
+        suite: dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=job.seed))
+        for suite, plan in (("text", profile.text), ("recall", profile.recall))
+        if suite in job.suites
+    }
+    configs = {suite: {name: _config(plan, name, tokenizer) for name in job.models} for suite, plan in plans.items()}
+    for suite, of_suite in configs.items():
+        require_equal(suite, of_suite)
+    with full_disk_told(job.folder):
+        _claim(job, plans, configs, tokenizer)
+        data = None
+        if "text" in plans:
+            watcher.stage("reading the text")
+            data = prepare(job.text, tokenizer, job.folder / "data", seed=job.seed, errors=job.errors)
+            require_length(data, plans["text"].train.seq_len)
+        works = {suite: plan.train.steps * (1 + WEIGHT_OF_EVALUATION) for suite, plan in plans.items()}
+        watcher.start(sum(works.values()) * len(job.models))
+        results = _results(job, plans, data)
+        for suite, plan in plans.items():
+            for name in job.models:
+                watcher.model(f"{suite}/{name}", plan.train.steps)
+                folder = job.folder / suite / name
+                entry = _entry(folder, plan, name, configs[suite][name], data, tokenizer, watcher)
+                results["models"].append(entry)
+                write_results(job.folder / "results.json", results)
+                watcher.done(entry, works[suite])
+        watcher.stage("writing the report")
+        write_report(job.folder, results)
+    return results
+
+
+def _config(plan: TextPlan | RecallPlan, name: str, tokenizer: Tokenizer) -> ModelConfig:
+    """The preset at the profile's size, at equal parameters."""
+    changes = dict(plan.changes)
+    if isinstance(plan, RecallPlan):
+        changes["vocab_size"] = plan.task(plan.pairs).vocab_size
+        if name == "bmojo":
+            changes["eidetic_slots"] = plan.eidetic_slots
+    else:
+        changes["vocab_size"] = tokenizer.vocab_size
+    return presets.matched(name, plan.size, **changes)
+
+
+def require_equal(suite: str, configs: dict[str, ModelConfig]) -> None:
+    """Raise ConfigError unless the models have the same number of parameters, within TOLERANCE."""
+    counts = {name: parameters(config) for name, config in configs.items()}
+    small, large = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    if counts[large] > counts[small] * (1 + TOLERANCE):
+        raise ConfigError(
+            f"the models of suite {suite} must be equal in parameters within {TOLERANCE:.0%}, "
+            f"got {counts[small]:,} ({small}) and {counts[large]:,} ({large}); leave one out with --models"
+        )
+
+
+def _claim(job: Job, plans: dict, configs: dict, tokenizer: Tokenizer) -> None:
+    """Take the folder for this job, or raise CheckpointError if another job has it."""
+    identity = {
+        "profile": job.profile,
+        "text": job.text,
+        "errors": job.errors,
+        "seed": job.seed,
+        "models": list(job.models),
+        "suites": list(job.suites),
+        "tokenizer": tokenizer.sha256,
+        "settings": {suite: plan.train.to_dict() for suite, plan in plans.items()},
+        "configurations": {suite: {n: c.to_dict() for n, c in of.items()} for suite, of in configs.items()},
+    }
+    path = job.folder / "job.json"
+    if not path.exists():
+        if job.folder.is_dir() and any(job.folder.iterdir()):
+            raise CheckpointError(f"{job.folder} holds something that is no comparison; use another --name")
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, (json.dumps(identity, indent=1) + "\n").encode())
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}; use another --name") from None
+    for name, value in identity.items():
+        got = found.get(name) if isinstance(found, dict) else None
+        if got != value:
+            both = f": {json.dumps(got)} there, {json.dumps(value)} here" if len(json.dumps([got, value])) < 300 else ""
+            raise CheckpointError(
+                f"{job.folder} was made with another {name}{both}; use another --name, or the same options to go on"
+            )
+
+
+def _results(job: Job, plans: dict[str, Any], data: TextData | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {"parameter_tolerance": TOLERANCE}
+    if "text" in plans:
+        plan = plans["text"]
+        settings |= {
+            "train_length": plan.train.seq_len,
+            "window": presets.SIZES[plan.size]["window"],
+            "text_steps": plan.train.steps,
+        }
+    if "recall" in plans:
+        plan = plans["recall"]
+        settings |= {
+            "recall_train_length": plan.train.seq_len,
+            "recall_window": plan.changes["window"],
+            "recall_steps": plan.train.steps,
+        }
+    return {
+        "version": 1,
+        "name": job.folder.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": job.seed,
+        "profile": job.profile,
+        "command": job.command,
+        "bmojo": bmojo.__version__,
+        "settings": settings,
+        "corpus": None if data is None else data.corpus_record(),
+        "machine": {
+            "cpu": _cpu(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        },
+        "models": [],
+    }
+
+
+def _cpu() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _entry(
+    folder: Path, plan: TextPlan | RecallPlan, name: str, config: ModelConfig, data: TextData | None,
+    tokenizer: Tokenizer, watcher: Watcher,
+) -> dict[str, Any]:  # fmt: skip
+    """The model's entry of results.json: from the folder if it is finished, else by training and measuring it."""
+    path = folder / "entry.json"
+    if path.exists():
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} can't be read: {error}; delete it to measure the model again") from None
+    torch.manual_seed(plan.train.seed)
+    model = BMojoLM(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    suite = "text" if isinstance(plan, TextPlan) else "recall"
+    if isinstance(plan, TextPlan):
+        assert data is not None
+        rows = PackedRows(data.train, plan.train.seq_len, plan.train.seed).__getitem__
+    else:
+        rows = _mqar_rows(plan)
+    record = train(model, rows, plan.train, folder, on_step=watcher.step)
+    model.eval()
+    entry: dict[str, Any] = {"name": f"{suite}/{name}", "suite": suite, "preset": name, **_trained(model, record)}
+    empty = {"bits_per_byte": None, "bits_per_byte_ci95": None, "by_position": [], "recall": []}
+    if isinstance(plan, TextPlan):
+        assert data is not None
+        watcher.stage("scoring held-out text")
+        entry["eval"] = empty | _score_text(model, plan, data)
+        if config.eidetic_slots:
+            entry["memory_sample"] = memory_sample(model, data, tokenizer)
+    else:
+        watcher.stage("scoring recall")
+        entry["eval"] = empty | {"recall": _score_recall(model, plan)}
+    watcher.stage("timing decoding")
+    entry["decode"] = decode_cost(model, CONTEXTS)
+    entry["configuration"] = config.to_dict()
+    write_whole(path, json.dumps(entry).encode())
+    return entry
+
+
+def _trained(model: BMojoLM, record: TrainRecord) -> dict[str, Any]:
+    return {
+        "parameters": parameters(model.config),
+        "tokens_trained": record.tokens_trained,
+        "train": {
+            "loss": record.loss,
+            "tokens_per_second": record.tokens_per_second,
+            "seconds": record.seconds,
+            "peak_memory_bytes": record.peak_memory_bytes,
+        },
+    }
+
+
+def _score_text(model: BMojoLM, plan: TextPlan, data: TextData) -> dict[str, Any]:
+    score = score_documents(model, data.eval, max_bytes=plan.eval_bytes, seed=plan.train.seed)
+    positions = by_position(
+        model,
+        data.eval,
+        positions=plan.positions,
+        documents=plan.position_documents,
+        bytes_per_token=float(data.eval.bytes.sum() / data.eval.num_tokens),
+        seed=plan.train.seed,
+    )
+    return {"bits_per_byte": score.bits_per_byte, "bits_per_byte_ci95": list(score.ci95), "by_position": positions}
+
+
+def _score_recall(model: BMojoLM, plan: RecallPlan) -> list[dict[str, Any]]:
+    window, length = plan.changes["window"], plan.train.seq_len
+    scores = []
+    for task, distance in plan.distances(window):
+        where = "inside the window" if distance < window else "beyond the window"
+        where = "beyond the training length" if task.length > length else where
+        scores += [{**score, "where": where} for score in recall(model, task, [distance], rows=plan.eval_rows)]
+    return scores
+
+
+def _mqar_rows(plan: RecallPlan) -> Callable[[int], dict[str, np.ndarray]]:
+    """Training row i of the recall suite. A batch is drawn as a whole, so the newest one is kept."""
+    tasks = [plan.task(plan.few), *3 * [plan.task(plan.pairs)]]
+    newest: dict[int, dict[str, np.ndarray]] = {}
+
+    def row(i: int) -> dict[str, np.ndarray]:
+        number, place = divmod(i, plan.train.batch_size)
+        if number not in newest:
+            newest.clear()
+            newest[number] = tasks[number % len(tasks)].batch(number, plan.train.batch_size)
+        return {name: values[place] for name, values in newest[number].items()}
+
+    return row
+
+
+@torch.inference_mode()
+def memory_sample(model: BMojoLM, data: TextData, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """What each layer's eidetic memory kept of the start of a held-out document, and every token's innovation."""
+    long = single_document_windows(data.eval, SAMPLE_TOKENS, 1, 0)
+    document = int(long[0]) if len(long) else int(np.argmax(data.eval.lengths))
+    tokens = np.asarray(data.eval[document][:SAMPLE_TOKENS]).astype(np.int64)
+    trace = Trace()
+    model.features(torch.from_numpy(tokens)[None].to(model.embed.weight.device), trace=trace)
+    decoder = tokenizer.stream_decoder()
+    text = [decoder.push(int(token)) for token in tokens]
+    layers = [
+        {"layer": i, "innovation": score[0].tolist(), "kept": sorted(p for p in kept[0].tolist() if p >= 0)}
+        for i, (score, kept) in enumerate(zip(trace.innovation, trace.kept, strict=True))
+    ]
+    return {"text": text, "layers": layers}
+
+
+@contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise BMojoError(
+            f"no space left on the disk of {folder}; what was finished stays valid: free some space and run it again"
+        ) from error

@@ -1,0 +1,45 @@
+"""Files written whole or not at all, and optional packages: what every part of the library needs of the system."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bmojo.errors import BMojoError, MissingPackageError
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a crash or a full disk leaves the old one, or none, never half of one.
+
+    Raises BMojoError if it can't be written.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only the owner can read
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise BMojoError(
+                f"can't write {path}: {error.strerror}; nothing was overwritten, and what was finished stays valid"
+            ) from error
+        raise
+
+
+def optional_module(module: str, purpose: str) -> Any:
+    """A module that only the extra `train` brings; MissingPackageError says so if it is not there."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = (error.name or module).partition(".")[0]
+        raise MissingPackageError(f"{purpose} needs the package {package}: pip install 'bmojo[train]'") from error

@@ -1,0 +1,154 @@
+"""`transformers.Trainer` as this library uses it; `train` alone imports it, as it needs transformers and accelerate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from bmojo.errors import BMojoError, DataError
+from bmojo.nn.init import parameter_groups
+from bmojo.nn.model import BMojoLM
+from bmojo.train.checkpoints import Checkpoints, Progress, cannot_write
+from bmojo.train.loss import next_token_loss
+from bmojo.train.settings import TrainSettings
+
+Rows = Callable[[int], dict[str, np.ndarray]]
+
+
+class _RowsFrom(Dataset):
+    """A data set whose item i is row `first` + i, so that a resumed run needs not read what it skips."""
+
+    def __init__(self, rows: Rows, first: int, total: int) -> None:
+        self.rows, self.first, self.total = rows, first, total
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.rows(self.first + index)
+
+
+class _Objective(nn.Module):
+    """The model behind its loss. Trainer would set fields of a `config` that it finds; ours is frozen, and hidden."""
+
+    def __init__(self, model: BMojoLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        batch = {"tokens": tokens, "labels": labels}
+        return next_token_loss(self.model, batch if document_ids is None else {**batch, "document_ids": document_ids})
+
+
+class NextTokenTrainer(Trainer):
+    """Trains with `next_token_loss` on rows in order; a loss that is not finite ends it with BMojoError."""
+
+    def __init__(
+        self,
+        model: BMojoLM,
+        rows: Rows,
+        settings: TrainSettings,
+        checkpoints: Checkpoints,
+        progress: Progress,
+        on_step: Callable[[int, float], None] | None,
+        writer: Any,
+    ) -> None:
+        self.settings, self.checkpoints, self.progress = settings, checkpoints, progress
+        total = settings.steps * settings.batch_size
+        self.data = _RowsFrom(rows, progress.steps * settings.batch_size, total)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=settings.betas
+        )
+        super().__init__(
+            model=_Objective(model),
+            args=TrainingArguments(
+                output_dir=str(checkpoints.folder),
+                max_steps=settings.steps,
+                per_device_train_batch_size=settings.batch_size,
+                max_grad_norm=settings.grad_clip,
+                seed=settings.seed,
+                save_steps=settings.checkpoint_every,
+                logging_steps=settings.log_every,
+                logging_nan_inf_filter=False,
+                ignore_data_skip=True,  # _RowsFrom does it
+                remove_unused_columns=False,
+                use_cpu=not torch.cuda.is_available(),
+                report_to="none",
+                disable_tqdm=True,
+                log_level="error",
+            ),
+            train_dataset=self.data,
+            optimizers=(optimizer, LambdaLR(optimizer, settings.learning_rate_ratio)),
+            callbacks=[_Watch(progress, on_step, writer)],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(
+            self.data,
+            batch_size=self.settings.batch_size,
+            collate_fn=self._stack,
+            generator=torch.Generator(),  # of its own: drawing a seed for workers would move the global one
+        )
+
+    def _stack(self, rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+        batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        if batch["tokens"].shape[1] != self.settings.seq_len:
+            raise DataError(f"rows must have seq_len={self.settings.seq_len} tokens, got {batch['tokens'].shape[1]}")
+        return batch
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = model(**inputs)
+        value, step = loss.item(), self.progress.steps + 1
+        if not math.isfinite(value):
+            last = f"the last finite one was {self.progress.losses[-1]:.4g}" if step > 1 else "it never was finite"
+            raise BMojoError(
+                f"the loss is {value} at step {step}, {last}; "
+                f"use a lower learning rate (it is {self.settings.learning_rate:g}) or more warmup steps"
+            )
+        self.progress.losses.append(value)
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = self.checkpoints.of_step(self.progress.steps)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.checkpoints.complete(folder, self.progress)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the system says
+            failure = cannot_write(f"the checkpoint of step {self.progress.steps}", folder, error)
+            self.checkpoints.discard(folder)  # after a look at the space left
+            raise failure from error
+        self.progress.restart_clock()
+
+
+class _Watch(TrainerCallback):
+    """Notes the progress, tells the caller of it, and writes what is logged to TensorBoard."""
+
+    def __init__(self, progress: Progress, on_step: Callable[[int, float], None] | None, writer: Any) -> None:
+        self.progress, self.on_step, self.writer = progress, on_step, writer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.progress.restart_clock()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.progress.note_step()
+        if self.on_step is not None:
+            self.on_step(self.progress.steps, self.progress.losses[-1])
+        self.progress.restart_clock()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if self.writer is not None:
+            for name in ("loss", "grad_norm", "learning_rate"):
+                if logs and name in logs:
+                    self.writer.add_scalar(f"train/{name}", logs[name], state.global_step)

@@ -1,0 +1,59 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bmojo import BMojoLM
+from bmojo.data import ByteTokenizer
+from bmojo.generate import generate
+
+PROGRAM = "import sys, bmojo.cli; sys.exit(bmojo.cli.main())"
+
+
+def test_prints_what_the_library_generates(run_folder, bmojo, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Grüße")
+    more = ["--max-new-tokens", 30, "--temperature", 0.7, "--top-p", 0.9, "--top-k", 50, "--seed", 3]
+    model, codec = BMojoLM.load(run_folder / "model"), ByteTokenizer()
+    choice = {"max_new_tokens": 30, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "seed": 3}
+    text = codec.decode(list(generate(model, codec.encode("Grüße").tolist(), **choice)))
+    assert bmojo("generate", run_folder, "--prompt", "Grüße", *more) == (0, text, "")
+    assert bmojo("generate", run_folder / "model", "--prompt-file", tmp_path / "prompt.txt", *more) == (0, text, "")
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_another_process_goes_on_from_the_state(run_folder, bmojo, tmp_path, temperature):
+    def command(*more):
+        return ["generate", str(run_folder), "--temperature", str(temperature), "--threads", "1", *map(str, more)]
+
+    state = tmp_path / "state.safetensors"
+    _, whole, _ = bmojo(*command("--prompt", "Document", "--max-new-tokens", 40))
+    _, first, _ = bmojo(*command("--prompt", "Document", "--max-new-tokens", 15, "--state", state))
+    go_on = command("--resume-state", state, "--max-new-tokens", 25)
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *go_on], capture_output=True, check=True, env=environment)
+    assert shown(first + done.stdout.decode()) == shown(whole)
+
+
+def shown(text):
+    """Without the signs for bytes that are no character: these differ where a character is cut in two."""
+    return text.replace("\ufffd", "")
+
+
+def test_refuses(run_folder, refused, tmp_path, bmojo):
+    assert "give --prompt, --prompt-file or --resume-state" in refused("generate", run_folder)
+    assert "give one" in refused("generate", run_folder, "--prompt", "a", "--prompt-file", "b")
+    assert "missing.txt: No such file" in refused("generate", run_folder, "--prompt-file", tmp_path / "missing.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 ")
+    assert "byte 3 is not valid UTF-8" in refused("generate", run_folder, "--prompt-file", tmp_path / "latin.txt")
+    assert "temperature must be" in refused("generate", run_folder, "--prompt", "a", "--temperature", "-1")
+    assert "no memory state at" in refused("generate", run_folder, "--resume-state", tmp_path / "missing")
+    (tmp_path / "junk").write_text("junk")
+    assert "can't be read as a memory state" in refused("generate", run_folder, "--resume-state", tmp_path / "junk")
+    BMojoLM(BMojoLM.load(run_folder / "model").config.replace(eidetic_slots=3)).empty_state().save(tmp_path / "other")
+    assert "belongs to another model" in refused("generate", run_folder, "--resume-state", tmp_path / "other")
+    code, _, err = bmojo(
+        "generate", run_folder, "--prompt", "a", "--max-new-tokens", 1, "--state", tmp_path / "junk/state"
+    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert "can't write" in err

@@ -1,0 +1,17 @@
+"""One thread, a stable hypothesis profile, and the helpers of `tests/reference` on the path."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parent / "reference"))
+torch.set_num_threads(1)
+quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+settings.register_profile("bmojo", deadline=None, derandomize=True, max_examples=20, suppress_health_check=quiet)
+# pytest --hypothesis-profile=search: a long random search, for whoever changed the semantics
+settings.register_profile("search", deadline=None, max_examples=400, suppress_health_check=quiet)
+settings.load_profile("bmojo")

@@ -1,0 +1,105 @@
+"""Innovation scores: forms agree, padding and resets leave no trace, and the scores mean what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import close
+
+from bmojo.ops import innovation as ops
+
+CHUNK, DIM = 4, 5
+
+
+def features(time: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(
+        torch.randn(2, time, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), dim=-1
+    )
+
+
+@pytest.mark.parametrize("forgetting", [1.0, 0.995, 0.7])
+@pytest.mark.parametrize("packed", [False, True])
+def test_rls_chunked_equals_naive_and_steps(forgetting, packed):
+    k, valid = features(6 * CHUNK), torch.ones(2, 6 * CHUNK, dtype=torch.bool)
+    resets = torch.zeros(2, 6, dtype=torch.bool)
+    if packed:  # documents end inside chunks, the call begins inside one and ends inside one
+        valid[0, [0, 1, 11, 23]] = valid[1, 5:8] = valid[1, 14:] = False
+        resets[0, 3] = resets[1, 2] = True
+    start = ops.rls_start(2, DIM, k)
+    options = {"chunk_size": CHUNK, "forgetting": forgetting, "resets": resets if packed else None}
+    scores, A, M = ops.rls_chunked(k, valid, *start, **options)
+    naive = ops.rls_naive(k, valid, *start, **options)
+    for got, want in zip((scores, A, M), naive, strict=True):
+        close(got, want, 1e-11)
+    assert ((scores >= 0) & (scores < 1)).all()
+    if not packed:
+        A, M = start
+        for t in range(k.shape[1]):
+            score, A, M = ops.rls_step(k[:, t], A, M, torch.full((2,), t % CHUNK == CHUNK - 1), forgetting=forgetting)
+            close(score, naive[0][:, t], 1e-11)
+
+
+def test_rls_scores_what_is_new_above_what_was_seen():
+    k = torch.eye(DIM, dtype=torch.float64)[[0, 0, 0, 0, 0, 1, 0, 1]][None]
+    scores = ops.rls_chunked(
+        k, torch.ones(1, 8, dtype=torch.bool), *ops.rls_start(1, DIM, k), chunk_size=CHUNK, forgetting=0.99
+    )[0][0]
+    assert scores[0] == scores[5] > 0.9  # a direction never seen, whenever it comes
+    assert (scores[1:5].diff() < 0).all()
+    assert scores[7] < scores[5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("forgetting", [0.995, 0.5])
+def test_ema_equals_its_steps_with_padding_and_resets(forgetting, dtype):
+    x = features(4 * CHUNK).to(dtype)
+    valid, resets = torch.ones(2, 16, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.bool)
+    valid[0, 6:8], resets[0, 2], valid[1, 14:] = False, True, False
+    scores, mean = ops.ema(x, valid, None, chunk_size=CHUNK, forgetting=forgetting, resets=resets)
+    assert scores.dtype == mean.dtype == dtype
+    for row in range(2):
+        state = torch.zeros(1, DIM, dtype=dtype)
+        for t in range(16):
+            if t % CHUNK == 0 and resets[row, t // CHUNK]:
+                state = torch.zeros_like(state)
+            if valid[row, t]:
+                score, state = ops.ema_step(x[row, t][None], state, forgetting=forgetting)
+                close(scores[row, t][None], score, 1e-5 if dtype == torch.float32 else 1e-11)
+            else:
+                assert scores[row, t] == 0
+        close(mean[row][None], state, 1e-5 if dtype == torch.float32 else 1e-11)
+    assert scores[0, 0] == scores[0, 8] == 1
+
+
+@pytest.mark.xfail(
+    strict=True, reason="ema with forgetting=1 weighs every token with -log(1) = 0: the mean stays empty"
+)
+def test_ema_without_forgetting_is_the_plain_mean():
+    x = features(8)
+    scores, _ = ops.ema(x, torch.ones(2, 8, dtype=torch.bool), None, chunk_size=CHUNK, forgetting=1.0)
+    close(scores[:, -1], 1 - F.cosine_similarity(x[:, -1], x[:, :-1].mean(1), dim=-1))
+
+
+def test_relative_error_of_a_zero_value_is_zero():
+    value, predicted = (
+        torch.tensor([[0.0, 0.0], [2.0, 0.0]]),
+        torch.tensor([[3.0, 1.0], [1.0, 1.0]], requires_grad=True),
+    )
+    error = ops.relative_error(value, predicted)
+    assert error.tolist() == [0, 0.5]
+    error.sum().backward()
+    assert predicted.grad[0].tolist() == [0, 0]
+
+
+def test_position_scores_look_at_positions_alone():
+    position = torch.arange(-1, 4000)
+    recent, first, random = (ops.position_score(kind, position, 0) for kind in ("recent", "first", "random"))
+    assert (recent == 1).all()
+    assert (first[1:].diff() < 0).all()
+    assert random[7] == ops.position_score("random", position[7:8], 0)
+    assert ((random >= 0) & (random < 1)).all()
+    assert abs(random.mean() - 0.5) < 0.02
+    assert abs(torch.corrcoef(torch.stack((random[1:-1], random[2:])))[0, 1]) < 0.05
+    assert not torch.equal(random, ops.position_score("random", position, 1))
+    assert len(random[1:].unique()) > 3990

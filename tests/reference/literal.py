@@ -1,0 +1,217 @@
+"""One mixer layer, query by query, in float64 numpy: the definition of `bmojo.nn.mixer`, written a second time.
+
+It takes the weights of a `Mixer` and shares no code with it but the hash behind `innovation="random"`. One row, one
+document, no padding, no state, no RMSNorm before the layer. Shapes: x [T, D].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from bmojo.nn.mixer import Mixer
+from bmojo.ops.innovation import position_score
+
+RIDGE = 0.1
+Array = np.ndarray
+
+
+@dataclass
+class Reading:
+    """What the layer gives, and what it remembered."""
+
+    output: Array  # [T, D]
+    scores: Array | None = None  # [T]
+    sets: list[list[int]] = field(default_factory=list)  # the eidetic set of every chunk, and of the end
+
+
+def silu(x: Array) -> Array:
+    return x / (1 + np.exp(-x))
+
+
+def softplus(x: Array) -> Array:
+    return np.logaddexp(0, x)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    return x / np.sqrt(np.mean(x**2) + eps) * weight
+
+
+def causal_conv(x: Array, weight: Array, bias: Array | float = 0.0) -> Array:
+    """y_t = sum_j w_j x_{t-j}; the last column of the weight is w_0."""
+    out = np.zeros_like(x)
+    for t in range(len(x)):
+        for j in range(min(t + 1, weight.shape[1])):
+            out[t] += weight[:, -1 - j] * x[t - j]
+    return out + bias
+
+
+def rotary(x: Array, position: int, theta: float) -> Array:
+    """Turn the pairs (x_m, x_{m + P/2}) by position * theta^(-2m/P)."""
+    half = len(x) // 2
+    out = np.empty_like(x)
+    for m in range(half):
+        angle = position * theta ** (-2 * m / len(x))
+        c, s = math.cos(angle), math.sin(angle)
+        out[m], out[m + half] = x[m] * c - x[m + half] * s, x[m + half] * c + x[m] * s
+    return out
+
+
+def ssd(config, w: dict[str, Array], u: Array) -> tuple[Array, Array]:
+    """Fading tokens [T, D], and the `state` innovation [T]."""
+    size, heads, P = config.ssm_size, config.ssm_heads, config.ssm_head_dim
+    groups, N = config.ssm_groups, config.ssm_state_size
+    projected = u @ w["in_proj.weight"].T
+    z, xBC, dt = np.split(projected, [size, 2 * size + 2 * groups * N], axis=1)
+    xBC = silu(causal_conv(xBC, w["conv.weight"], w["conv.bias"]))
+    h = np.zeros((heads, N, P))
+    ys, errors = [], []
+    for t in range(len(u)):
+        x = xBC[t, :size].reshape(heads, P)
+        B = xBC[t, size : size + groups * N].reshape(groups, N)
+        C = xBC[t, size + groups * N :].reshape(groups, N)
+        y, error = np.zeros((heads, P)), 0.0
+        for n in range(heads):
+            g = n // (heads // groups)
+            predicted = B[g] @ h[n] / (B[g] @ B[g])
+            error += np.sum((x[n] - predicted) ** 2) / np.sum(x[n] ** 2) / heads
+            step = softplus(dt[t, n] + w["dt_bias"][n])
+            h[n] = math.exp(-step * math.exp(w["A_log"][n])) * h[n] + step * np.outer(B[g], x[n])
+            y[n] = C[g] @ h[n] + w["D"][n] * x[n]
+        gated = y.reshape(-1) * silu(z[t])
+        ys.append(w["out_proj.weight"] @ rms_norm(gated, w["norm.weight"], config.norm_eps))
+        errors.append(error)
+    return np.array(ys), np.array(errors)
+
+
+def gated_delta(config, w: dict[str, Array], u: Array) -> tuple[Array, Array]:
+    size, heads, P = config.ssm_size, config.ssm_heads, config.ssm_head_dim
+    groups, N = config.ssm_groups, config.ssm_state_size
+    ends = np.cumsum([size + 2 * groups * N, size, heads])
+    qkv, z, b, a = np.split(u @ w["in_proj.weight"].T, ends, axis=1)
+    qkv = silu(causal_conv(qkv, w["conv.weight"]))
+    S = np.zeros((heads, N, P))
+    ys, errors = [], []
+    for t in range(len(u)):
+        q = qkv[t, : groups * N].reshape(groups, N)
+        k = qkv[t, groups * N : 2 * groups * N].reshape(groups, N)
+        v = qkv[t, 2 * groups * N :].reshape(heads, P)
+        out, error = np.zeros((heads, P)), 0.0
+        for n in range(heads):
+            g = n // (heads // groups)
+            key = k[g] / max(np.linalg.norm(k[g]), 1e-6)
+            query = q[g] / max(np.linalg.norm(q[g]), 1e-6) / math.sqrt(N)
+            error += np.sum((v[n] - key @ S[n]) ** 2) / np.sum(v[n] ** 2) / heads
+            beta = 1 / (1 + math.exp(-b[t, n]))
+            S[n] *= math.exp(-math.exp(w["A_log"][n]) * softplus(a[t, n] + w["dt_bias"][n]))
+            S[n] += np.outer(key, beta * (v[n] - key @ S[n]))
+            out[n] = rms_norm(query @ S[n], w["norm.weight"], config.norm_eps) * silu(z[t].reshape(heads, P)[n])
+        ys.append(w["out_proj.weight"] @ out.reshape(-1))
+        errors.append(error)
+    return np.array(ys), np.array(errors)
+
+
+def rls(config, k: Array) -> Array:
+    """Kalman leverage of unit vectors k [T, r], by inverting the precision for every token."""
+    g, chunk, scores = config.innovation_forgetting, config.chunk_size, []
+    for t in range(len(k)):
+        start = t - t % chunk
+        precision = RIDGE * np.eye(k.shape[1])
+        for j in range(t):
+            precision += (g ** (start - j) if j < start else 1.0) * np.outer(k[j], k[j])
+        leverage = k[t] @ np.linalg.inv(precision) @ k[t]
+        scores.append(leverage / (1 + leverage))
+    return np.array(scores)
+
+
+def ema(config, x: Array) -> Array:
+    g, scores = config.innovation_forgetting, []
+    for t in range(len(x)):
+        mean = sum((g ** (t - 1 - j) * x[j] for j in range(t)), np.zeros(x.shape[1]))
+        scores.append(1 - x[t] @ mean / (np.linalg.norm(x[t]) * np.linalg.norm(mean)) if t else 1.0)
+    return np.array(scores)
+
+
+def innovation(mixer: Mixer, w: dict[str, Array], x: Array, y: Array | None, state_error: Array | None) -> Array:
+    config, time = mixer.config, np.arange(len(x))
+    match config.innovation:
+        case "rls":
+            k = x if "innovation.projection" not in w else x @ w["innovation.projection"]
+            return rls(config, k / np.linalg.norm(k, axis=1, keepdims=True))
+        case "ema":
+            return ema(config, x)
+        case "state":
+            assert state_error is not None
+            return state_error
+        case "head":
+            assert y is not None
+            past = np.vstack([np.zeros(x.shape[1]), y[:-1]])
+            error = x - past @ w["innovation.predict.weight"].T
+            return np.sum(error**2, 1) / np.sum(x**2, 1)
+        case "recent":
+            return np.ones(len(x))
+        case "first":
+            return 1 / (1 + time)
+    return position_score("random", torch.as_tensor(time), mixer.innovation.index).double().numpy()  # type: ignore[union-attr]
+
+
+def eidetic_set(config, scores: Array, end: int) -> list[int]:
+    """The best positions among all p < end; ties to the newer."""
+    past = [p for p in range(end) if scores[p] >= config.eidetic_threshold]
+    past.sort(key=lambda p: (scores[p] * config.eidetic_decay ** (end - p), p), reverse=True)
+    return past[: config.eidetic_slots]
+
+
+def literal_mixer(mixer: Mixer, x: Array) -> Reading:
+    config, kind = mixer.config, mixer.kind
+    w = {name: tensor.double().numpy() for name, tensor in mixer.state_dict().items()}
+    y = state_error = None
+    if "ssm.in_proj.weight" in w:
+        own = {name.removeprefix("ssm."): z for name, z in w.items() if name.startswith("ssm.")}
+        y, state_error = (ssd if config.ssm == "ssd" else gated_delta)(config, own, x)
+    if kind == "ssm":
+        assert y is not None
+        return Reading(y)
+    shifted = causal_conv(x, w["conv.weight"]) if config.conv_size else x
+
+    T, P, C, W = len(x), config.head_dim, config.chunk_size, config.window
+    F = config.fading_span if kind == "bmojo" else 0
+    E = config.eidetic_slots if kind == "bmojo" else 0
+    theta, eps, heads, kv = config.rope_theta, config.norm_eps, config.num_heads, config.num_kv_heads
+
+    def head_of(source: Array, what: str, head: int) -> Array:
+        z = w[f"{what}_proj.weight"][head * P : (head + 1) * P] @ source
+        norm = w.get(f"{what}_norm.weight")
+        return z if norm is None else rms_norm(z, norm, eps)
+
+    scores = innovation(mixer, w, shifted, y, state_error) if E else None
+    sets = [eidetic_set(config, scores, c * C) for c in range(T // C + 1)] if scores is not None else []
+    output = np.zeros((T, config.hidden_size))
+    for i in range(T):
+        # what the query sees: (source of the key, of the value, position that turns the key, prefix of the projections)
+        first = 0 if W is None else max(0, i - W + 1)
+        seen = [(shifted[j], x[j], j, "") for j in range(first, i + 1)]
+        if W is not None:
+            every = C if config.fading == "summary" else 1
+            own = "" if config.tie_sources else "fading_"
+            seen += [(y[j], y[j], j, own) for j in range(max(0, i - W - F + 1), i - W + 1) if (j + 1) % every == 0]
+        if E:
+            chosen = sorted(sets[i // C])
+            for rank, p in enumerate(chosen):
+                compact = i // C * C - W - F - E + rank
+                if p <= i - W:
+                    seen.append((shifted[p], x[p], p if config.positions == "true" else compact, ""))
+        out = []
+        for head in range(heads):
+            q = rotary(head_of(x[i], "q", head), i, theta)
+            shared = head // (heads // kv)
+            keys = [rotary(head_of(key, f"{own}k", shared), p, theta) for key, _, p, own in seen]
+            values = np.array([head_of(value, f"{own}v", shared) for _, value, _, own in seen])
+            logits = np.array(keys) @ q / math.sqrt(P)
+            weights = np.exp(logits - logits.max())
+            out.append(weights @ values / weights.sum())
+        output[i] = w["o_proj.weight"] @ np.concatenate(out)
+    return Reading(output, scores, sets)

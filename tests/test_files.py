@@ -1,0 +1,27 @@
+import errno
+
+import pytest
+
+from bmojo.errors import BMojoError, MissingPackageError
+from bmojo.files import optional_module, write_whole
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(BMojoError, match=r"can't write .*file: No space left on device; nothing was overwritten"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it():
+    with pytest.raises(
+        MissingPackageError, match=r"dancing needs the package no_such_package: pip install 'bmojo\[train\]'"
+    ):
+        optional_module("no_such_package.part", "dancing")
