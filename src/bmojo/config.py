@@ -41,8 +41,8 @@ class ModelConfig:
 
     # attention: the readout of window, fading and eidetic memory
     num_heads: int = 4
-    num_kv_heads: int | None = None  # None: num_heads; fewer: grouped-query attention
-    head_dim: int | None = None  # None: hidden_size / num_heads
+    num_kv_heads: int = 0  # 0: num_heads; fewer: grouped-query attention
+    head_dim: int = 0  # 0: hidden_size / num_heads
     window: int | None = 64  # the token itself and the window-1 before; None: all
     qk_norm: bool = False
     rope_theta: float = 10000.0
@@ -72,7 +72,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", tuple(self.pattern))
-        if self.num_kv_heads is None:
+        if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "chunk_size",
                      "ssm_expand", "ssm_head_dim", "ssm_state_size", "ssm_groups", "ssm_conv",
@@ -105,7 +105,7 @@ class ModelConfig:
             raise ConfigError(f"unknown {name} {value!r}; {nearest(str(value), known)}")
 
     def _check_attention(self) -> None:
-        if self.head_dim is None:
+        if not self.head_dim:
             if self.hidden_size % self.num_heads:
                 raise ConfigError(
                     f"hidden_size must be a multiple of num_heads ({self.num_heads}), got {self.hidden_size}; "
@@ -113,9 +113,9 @@ class ModelConfig:
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         self._at_least("head_dim", 2)
-        if self.head_dim % 2:  # type: ignore[operator]
+        if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
-        if self.num_heads % self.num_kv_heads:  # type: ignore[operator]
+        if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if (self.ssm_expand * self.hidden_size) % self.ssm_head_dim:
             raise ConfigError(
@@ -178,11 +178,11 @@ class ModelConfig:
         `head_dim` and `num_kv_heads` follow `hidden_size` and `num_heads` where these change and they were derived.
         """
         fields = self.to_dict()
-        if "head_dim" not in changes and {"hidden_size", "num_heads"} & changes.keys():
-            if self.head_dim == self.hidden_size // self.num_heads:
-                fields["head_dim"] = None
+        resized = "head_dim" not in changes and {"hidden_size", "num_heads"} & changes.keys()
+        if resized and self.head_dim == self.hidden_size // self.num_heads:
+            fields["head_dim"] = 0
         if "num_kv_heads" not in changes and "num_heads" in changes and self.num_kv_heads == self.num_heads:
-            fields["num_kv_heads"] = None
+            fields["num_kv_heads"] = 0
         return ModelConfig.from_dict({**fields, **changes})
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What bmojo raises when the user can mend it. Each message says what, what was expected, what was got, and how to mend it.
+"""What bmojo raises when the user can mend it: what, what was expected, what was got, and how to mend it.
 
 The command line prints such an error as one line and exits with code 2; anything else is a bug of ours.
 """

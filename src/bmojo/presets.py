@@ -2,10 +2,10 @@
 
     config = presets.bmojo("tiny", vocab_size=256, eidetic_slots=64)
 
-Every function takes the size and any field of `ModelConfig`. At one size all presets have the same hidden size and depth
-and (within 2 %) the same parameters: the width of the MLP makes up for what the mixers differ in, unless
-`intermediate_size` is given. The exception is `mamba2` at the papers' sizes, which is the paper's model: no MLP, twice the
-layers.
+Every function takes the size and any field of `ModelConfig`. At one size all presets have the same hidden size and
+depth and (within 2 %) the same parameters: the width of the MLP makes up for what the mixers differ in, unless
+`intermediate_size` is given. The exception is `mamba2` at the papers' sizes, which is the paper's model: no MLP, twice
+the layers.
 """
 
 from __future__ import annotations
@@ -32,6 +32,18 @@ SIZES: dict[str, dict[str, Any]] = {
     "1.4b": {"hidden_size": 2048, "num_layers": 24, "num_heads": 16, "intermediate_size": 5632, **_PAPER},
 }  # fmt: skip
 
+# what the Transformer to be equalled takes over from a preset's changes
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "head_dim",
+    "num_kv_heads",
+    "tie_embeddings",
+    "qk_norm",
+)
+
 
 def _size(size: str, **preset: Any) -> dict[str, Any]:
     if size not in SIZES:
@@ -44,13 +56,12 @@ def _build(size: str, fields: dict[str, Any], changes: dict[str, Any]) -> ModelC
     config = ModelConfig.from_dict({**fields, **changes})
     if "intermediate_size" in changes or config.intermediate_size == 0:
         return config
-    shape = {k: changes[k] for k in ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim", "num_kv_heads",
-                                     "tie_embeddings", "qk_norm") if k in changes}  # fmt: skip
+    shape = {key: value for key, value in changes.items() if key in _SHAPE}
     return _fit(config, parameters(ModelConfig.from_dict({**_size(size, pattern=["attention"]), **shape})))
 
 
 def _fit(config: ModelConfig, target: int) -> ModelConfig:
-    """The configuration with its MLP as wide as brings it to `target` parameters: in steps of 8, or 1 in small models."""
+    """The configuration with its MLP as wide as brings it to `target` parameters (in steps of 8 in large models)."""
     step = 8 if config.hidden_size >= 512 else 1
     slope = 3 * config.hidden_size * config.num_layers * step  # parameters grow linearly with the width
     width = config.intermediate_size + round((target - parameters(config)) / slope) * step

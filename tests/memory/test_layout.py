@@ -113,7 +113,7 @@ def test_every_token_has_one_slot_and_counts_on_from_the_token_before(call):
 
 @given(calls(), st.integers(1, 3), st.integers(0, 2), st.booleans())
 def test_keys_in_reach_are_those_of_the_window(call, back, skip, by_chunk):
-    """With positions kept as values in a ring: every query sees exactly the positions of its window, document by document."""
+    """With positions kept as values in a ring: every query sees its window of its document."""
     chunk, given = call
     tokens = given.pop("tokens")
     layout = layout_of(*tokens.shape, chunk, **given)

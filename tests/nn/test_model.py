@@ -103,9 +103,8 @@ def test_the_types_of_a_state_do_not_depend_on_how_it_came_about(innovation):
             empty, (_, parallel) = model.empty_state(1), model(draw_tokens(1, 9))
             _, continued = model(draw_tokens(1, 3), parallel)
             _, stepped = model(draw_tokens(1, 1), continued)
-        types = [
-            {name: z.dtype for name, z in state.layers[0].items()} for state in (empty, parallel, continued, stepped)
-        ]
+        states = (empty, parallel, continued, stepped)
+        types = [{name: z.dtype for name, z in state.layers[0].items()} for state in states]
         assert types.count(types[0]) == 4
 
 
@@ -144,16 +143,15 @@ def fresh_compiler():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler itself
-@pytest.mark.parametrize("preset", ["transformer", "swa", "mamba2", "bmojo"])
+@pytest.mark.parametrize("preset", ["swa", "bmojo"])
 def test_a_compiled_model_equals_the_eager_one(preset, fresh_compiler):
     """Through the whole compiler but for the code generator, which takes half a minute."""
     model = make_model(small_preset(preset, num_layers=1), dtype=torch.float32)
     compiled = torch.compile(model, backend="aot_eager")
-    for training in (False, True):
-        tokens = draw_tokens(2, 19)
-        with torch.set_grad_enabled(training):
-            expected, got = model(tokens)[0], compiled(tokens)[0]
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    tokens = draw_tokens(2, 19)
+    with torch.no_grad():
+        expected, got = model(tokens)[0], compiled(tokens)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,7 +81,7 @@ def test_a_reset_starts_from_an_empty_state(op, exclusive):
         out, final = form(**args, resets=resets, **options)
         for row in range(2):
             starts = [0, *(resets[row].nonzero()[:, 0] * CHUNK).tolist(), 4 * CHUNK]
-            for a, b in zip(starts, starts[1:], strict=False):
+            for a, b in itertools.pairwise(starts):
                 part = {n: z if n == "A_log" else z[row : row + 1, a:b] for n, z in args.items() if n != "state"}
                 if a == b:
                     continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from cases import (
@@ -79,7 +81,7 @@ def test_rows_that_end_on_different_whole_chunks_continue_without_a_mask(preset)
 def documents_of(tokens: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
     """The documents of one row."""
     starts = [0, *(torch.nonzero(ids[1:] != ids[:-1])[:, 0] + 1).tolist(), len(ids)]
-    return [tokens[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    return [tokens[a:b] for a, b in itertools.pairwise(starts)]
 
 
 @st.composite

@@ -1,7 +1,8 @@
-"""What the tests of the core share: drawn configurations, models with no weight left at a trivial value, comparisons."""
+"""What the tests of the core share: drawn configurations, models with no trivial weight, comparisons."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ def partitions(time: int) -> st.SearchStrategy[list[int]]:
 
     def lengths(inner: set[int]) -> list[int]:
         at = [0, *sorted(inner), time]
-        return [b - a for a, b in zip(at, at[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(at)]
 
     return cuts.map(lengths)
 
@@ -138,7 +139,7 @@ def run_calls(
     model: BMojoLM, tokens: Tensor, lengths: list[int], state: MemoryState | None = None, *, donate: bool = False,
     **by_token: Tensor,
 ) -> tuple[Tensor, MemoryState, Trace]:  # fmt: skip
-    """Logits and final state of a sequence cut into calls; `by_token`: mask, document_ids. The trace joins all calls."""
+    """Logits and final state of a sequence cut into calls; `by_token`: mask, document_ids. One trace."""
     logits, at, whole = [], 0, Trace()
     for length in lengths:
         part = slice(at, at + length)

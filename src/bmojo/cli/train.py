@@ -120,15 +120,15 @@ def _begun(out: Path) -> dict[str, Any] | None:
 def _make_tokenizer(spec: str, text: str, errors: str, out: Path, *, made: bool) -> Tokenizer:
     """The tokenizer of the run; anything but bytes is kept in the run folder."""
     path = out / "tokenizer.json"
-    if spec == "bytes" or (made and path.is_file()):
-        return load_tokenizer("bytes" if spec == "bytes" else str(path))
+    if spec == "bytes":
+        return load_tokenizer(spec)
+    if made:
+        return load_tokenizer(str(path))
     kind, colon, number = spec.partition(":")
     if kind == "bpe" and colon:
         if not number.isdecimal():
             raise DataError(f"--tokenizer bpe:SIZE takes a whole number of tokens, got {spec!r}; for example bpe:1024")
         return train_bpe(read_documents(text, errors=errors), int(number), path)
     load_tokenizer(spec)
-
-    out.mkdir(parents=True, exist_ok=True)
     write_whole(path, Path(spec).read_bytes())
     return load_tokenizer(str(path))

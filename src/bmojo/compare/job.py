@@ -183,19 +183,14 @@ def _claim(job: Job, plans: dict, configs: dict, tokenizer: Tokenizer) -> None:
 
 def _results(job: Job, plans: dict[str, Any], data: TextData | None) -> dict[str, Any]:
     settings: dict[str, Any] = {"parameter_tolerance": TOLERANCE}
-    if "text" in plans:
-        plan = plans["text"]
+    for suite, plan in plans.items():
+        prefix = "" if suite == "text" else "recall_"
+        window = plan.changes.get("window", presets.SIZES[plan.size]["window"])
+        settings |= {f"{prefix}train_length": plan.train.seq_len, f"{prefix}window": window}
         settings |= {
-            "train_length": plan.train.seq_len,
-            "window": presets.SIZES[plan.size]["window"],
-            "text_steps": plan.train.steps,
-        }
-    if "recall" in plans:
-        plan = plans["recall"]
-        settings |= {
-            "recall_train_length": plan.train.seq_len,
-            "recall_window": plan.changes["window"],
-            "recall_steps": plan.train.steps,
+            f"{suite}_size": plan.size,
+            f"{suite}_steps": plan.train.steps,
+            f"{suite}_batch": plan.train.batch_size,
         }
     return {
         "version": 1,
@@ -247,7 +242,7 @@ def _entry(
     record = train(model, rows, plan.train, folder, on_step=watcher.step)
     model.eval()
     entry: dict[str, Any] = {"name": f"{suite}/{name}", "suite": suite, "preset": name, **_trained(model, record)}
-    empty = {"bits_per_byte": None, "bits_per_byte_ci95": None, "by_position": [], "recall": []}
+    empty: dict[str, Any] = {"bits_per_byte": None, "bits_per_byte_ci95": None, "by_position": [], "recall": []}
     if isinstance(plan, TextPlan):
         assert data is not None
         watcher.stage("scoring held-out text")

@@ -48,15 +48,11 @@ class RecallPlan:
     def distances(self, window: int) -> list[tuple[MQAR, int]]:
         """What is asked: inside the window, beyond it, and beyond the training length."""
         length = self.train.seq_len
-        near = window // 2 - window // 2 % 2 + 2
+        near = window // 4 * 2 + 2
         asked = [(self.task(self.few), max(near, 2 * self.few))]
-        asked += [(self.task(self.few), distance) for distance in (length // 4, length // 2)]
-        far = length - 2 * self.pairs
-        asked += [
-            (self.task(self.pairs), distance) for distance in (2 * self.pairs, (2 * self.pairs + far) // 4 * 2, far)
-        ]
-        for times in (2, 4):
-            asked += [(self.task(pairs, times), times * length - 2 * self.pairs) for pairs in (self.few, self.pairs)]
+        first, last = 2 * self.pairs, length - 2 * self.pairs
+        asked += [(self.task(self.pairs), distance) for distance in (first, (first + last) // 4 * 2, last)]
+        asked += [(self.task(self.pairs, times), times * length - 2 * self.pairs) for times in (2, 4)]
         return asked
 
 
@@ -89,8 +85,19 @@ PROFILES: dict[str, Profile] = {
             eval_bytes=2**17,
             position_documents=8,
         ),
-        recall=_recall("tiny", steps=300, batch_size=32, seq_len=192, pairs=24, keys=128, hidden_size=64, num_heads=2,
-                       intermediate_size=128, window=16, chunk_size=16),  # fmt: skip
+        recall=_recall(
+            "tiny",
+            steps=300,
+            batch_size=32,
+            seq_len=192,
+            pairs=24,
+            keys=128,
+            hidden_size=64,
+            num_heads=2,
+            intermediate_size=128,
+            window=16,
+            chunk_size=16,
+        ),
     ),
     "small": Profile(
         text=TextPlan(
@@ -99,8 +106,19 @@ PROFILES: dict[str, Profile] = {
             eval_bytes=2**19,
             position_documents=16,
         ),
-        recall=_recall("tiny", steps=1200, batch_size=32, seq_len=256, pairs=32, keys=256, hidden_size=64, num_heads=2,
-                       intermediate_size=128, window=16, chunk_size=16),  # fmt: skip
+        recall=_recall(
+            "tiny",
+            steps=1200,
+            batch_size=32,
+            seq_len=256,
+            pairs=32,
+            keys=256,
+            hidden_size=64,
+            num_heads=2,
+            intermediate_size=128,
+            window=16,
+            chunk_size=16,
+        ),
     ),
     "full": Profile(
         text=TextPlan(
@@ -110,10 +128,21 @@ PROFILES: dict[str, Profile] = {
             eval_bytes=2**22,
             position_documents=64,
         ),
-        recall=_recall("tiny", steps=20000, batch_size=256, seq_len=512, pairs=64, keys=4096, hidden_size=128,
-                       num_heads=2, intermediate_size=256, window=32, chunk_size=32),  # fmt: skip
+        recall=_recall(
+            "tiny",
+            steps=20000,
+            batch_size=256,
+            seq_len=512,
+            pairs=64,
+            keys=4096,
+            hidden_size=128,
+            num_heads=2,
+            intermediate_size=256,
+            window=32,
+            chunk_size=32,
+        ),
     ),
-}  # fmt: skip
+}
 
 
 def get_profile(name: str) -> Profile:

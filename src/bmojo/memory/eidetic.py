@@ -30,7 +30,7 @@ def rank(score: Tensor, position: Tensor, now: Tensor, *, decay: float, threshol
 def keep_best(
     score: Tensor, position: Tensor, now: Tensor, slots: int, *, decay: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Indices [batch, slots] of the best candidates and whether each is one. Candidates [batch, n] come newest first."""
+    """Indices [batch, slots] of the best candidates, and whether each is one. Candidates [batch, n]: newest first."""
     value = rank(score, position, now, decay=decay, threshold=threshold)
     value, order = torch.sort(value, dim=1, descending=True, stable=True)
     return order[:, :slots], value[:, :slots] > -torch.inf
@@ -66,10 +66,8 @@ def select_chunked(
             continue
         part = slice(c * chunk, (c + 1) * chunk)
         new = torch.arange(first + part.start, first + part.stop, device=score.device).expand(batch, -1)
-        candidates = [
-            torch.cat((fresh.flip(1), old), 1)
-            for fresh, old in ((score[:, part], best), (now[:, part], where), (new, index))
-        ]
+        pairs = ((score[:, part], best), (now[:, part], where), (new, index))
+        candidates = [torch.cat((fresh.flip(1), old), 1) for fresh, old in pairs]
         order, is_one = keep_best(candidates[0], candidates[1], ends[:, c], slots, decay=decay, threshold=threshold)
         chosen = [x.gather(1, order) for x in candidates]
         chosen[1] = chosen[1].masked_fill(~is_one, -1)

@@ -95,7 +95,7 @@ class Layout:
         return self.cache[key]
 
     def extend(self, x: Tensor, tail: Tensor | None, lags: int) -> Tensor:
-        """[B, L, D] -> [B, lags + L, D]: the values of the `lags` tokens before are put right before the first token."""
+        """[B, L, D] -> [B, lags + L, D]: the values of the `lags` tokens before are put right before the first one."""
         if tail is None:
             return F.pad(x, (0, 0, lags, 0))
         if self.source is None:
@@ -113,7 +113,7 @@ class Layout:
     def history(self, ring: Tensor | None, values: Tensor, size: int, stride: int = 1) -> Tensor:
         """Values [B, L / stride, ...] of this call, with those in `ring` [B, size, ...] before them.
 
-        Index size + a of the result holds the entry of slot a * stride + stride - 1; the ring holds entry n at n % size.
+        Index size + a of the result is the entry of slot a * stride + stride - 1; the ring holds entry n at n % size.
         """
         per_chunk = self.chunk // stride
         if ring is None:
@@ -140,7 +140,7 @@ class Layout:
         return history.gather(1, index.view(shape).expand(-1, -1, *history.shape[2:])) * known.to(history.dtype)
 
     def sources(self, size: int, stride: int = 1) -> tuple[Tensor, Tensor]:
-        """Positions and segments [B, size + L / stride] of what `history` lays out; segment -1 where there is nothing."""
+        """Positions and segments [B, size + L / stride] of what `history` lays out; segment -1: there is nothing."""
         position = self.position[:, stride - 1 :: stride]
         segment = self.segment_of_slot[:, stride - 1 :: stride]
         back = torch.arange(-size, 0, device=position.device) * stride
@@ -151,7 +151,7 @@ class Layout:
         return position, segment
 
     def reachable(self, size: int, stride: int, nearest: int, span: int) -> Tensor:
-        """Mask [B or 1, N, chunk, keys] of the keys that `blocks` lays out: positions in (i - nearest - span, i - nearest]."""
+        """Mask [B or 1, N, chunk, keys] of what `blocks` lays out: positions in (i - nearest - span, i - nearest]."""
         key = (size, stride, nearest, span)
         if key not in self.cache:
             position, segment = self.sources(size, stride)

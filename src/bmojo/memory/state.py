@@ -76,7 +76,7 @@ class MemoryState:
         return self.map(lambda tensor: tensor.clone())
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
-        """Move; `dtype` changes the verbatim rows (keys, values, convolution tails), never scores or recurrent states."""
+        """Move; `dtype` changes verbatim rows (keys, values, convolution tails), never scores or recurrent states."""
 
         def move(name: str, tensor: Tensor) -> Tensor:
             kind = dtype if dtype is not None and name in VERBATIM else tensor.dtype

@@ -42,7 +42,6 @@ def _parts(config: ModelConfig, kind: str) -> tuple[bool, bool, bool]:
 
 def mixer_parameters(config: ModelConfig, kind: str) -> int:
     hidden, size = config.hidden_size, config.head_dim
-    assert size is not None and config.num_kv_heads is not None
     has_ssm, has_attention, eidetic = _parts(config, kind)
     count = ssm_parameters(config) if has_ssm else 0
     if has_attention:
@@ -70,7 +69,6 @@ def parameters(config: ModelConfig) -> int:
 def layer_flops(config: ModelConfig, kind: str, context: int) -> int:
     """FLOPs of one token that has `context` tokens behind it, in a layer (attention over what it can see)."""
     hidden, chunk, size = config.hidden_size, config.chunk_size, config.head_dim
-    assert size is not None and config.num_kv_heads is not None
     has_ssm, has_attention, eidetic = _parts(config, kind)
     multiply_adds = 3 * hidden * config.intermediate_size
     if has_ssm:
@@ -84,8 +82,7 @@ def layer_flops(config: ModelConfig, kind: str, context: int) -> int:
         wide, keys = config.num_heads * size, config.num_kv_heads * size
         multiply_adds += hidden * (2 * wide + 2 * keys)
         seen = context + 1 if config.window is None else min(config.window, context + 1)
-        if kind == "bmojo":
-            assert config.window is not None
+        if kind == "bmojo" and config.window is not None:
             fading = max(0, min(config.fading_span, context + 1 - config.window)) // config.fading_stride
             seen += fading + max(0, min(config.eidetic_slots, context + 1 - config.window))
             multiply_adds += 2 * hidden * keys // config.fading_stride if config.fading_span else 0
@@ -101,7 +98,6 @@ def layer_flops(config: ModelConfig, kind: str, context: int) -> int:
 def layer_state_bytes(config: ModelConfig, kind: str, context: int, *, width: int = 4) -> int:
     """Bytes that one row of a layer's state takes after `context` tokens; `width` bytes a verbatim number."""
     hidden, size, exact = config.hidden_size, config.head_dim, max(4, width)
-    assert size is not None and config.num_kv_heads is not None
     has_ssm, has_attention, eidetic = _parts(config, kind)
     total = 2 * 8  # position, document
     if has_ssm:
@@ -111,8 +107,7 @@ def layer_state_bytes(config: ModelConfig, kind: str, context: int, *, width: in
         row = 2 * config.num_kv_heads * size * width
         total += width * hidden * max(0, config.conv_size - 1)
         total += row * (-(-context // CACHE_BLOCK) * CACHE_BLOCK if config.window is None else config.window)
-        if kind == "bmojo" and config.fading_span:
-            assert config.window is not None
+        if kind == "bmojo" and config.window is not None and config.fading_span:
             total += row * ((config.window + config.fading_span) // config.fading_stride)
         if eidetic:
             total += config.eidetic_slots * (row + exact + 8) + exact * config.chunk_size

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+RESIDUAL_SCALE = 0.1  # see docs/decisions.md
+
 
 def decays(model: nn.Module) -> dict[str, bool]:
     """Whether weight decay applies to each parameter of a model, by name."""
@@ -40,6 +42,13 @@ class Linear(nn.Linear):
         nn.init.normal_(self.weight, std=inputs**-0.5 if std is None else std)
 
 
+class Output(Linear):
+    """A linear map back into the residual stream. It starts small, so that a block first passes on what it gets."""
+
+    def __init__(self, inputs: int, outputs: int, std: float | None = None) -> None:
+        super().__init__(inputs, outputs, (inputs**-0.5 if std is None else std) * RESIDUAL_SCALE)
+
+
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
 
@@ -65,7 +74,7 @@ class CausalConv(nn.Module):
         return self.weight.shape[1] - 1
 
     def forward(self, extended: Tensor, position: Tensor | None = None) -> Tensor:
-        """[B, lags + L, channels] -> [B, L, channels]. `position` [B, L]: in-document positions, where documents are packed."""
+        """[B, lags + L, channels] -> [B, L, channels]. `position` [B, L]: given where documents are packed."""
         length = extended.shape[1] - self.lags
         y = extended[:, self.lags :] * self.weight[:, -1]
         for lag in range(1, self.lags + 1):

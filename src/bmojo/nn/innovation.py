@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ class Innovation(nn.Module):
             projection = torch.randn(config.hidden_size, self.dim, generator=generator, device="cpu")
             whole = self.dim == config.hidden_size
             self.register_buffer("projection", None if whole else projection * config.hidden_size**-0.5)
+            self.projection: Tensor | None
         elif self.kind == "head":
             self.predict = Linear(config.hidden_size, config.hidden_size, config.initializer_range)
 
@@ -61,7 +64,7 @@ class Innovation(nn.Module):
     ) -> tuple[Tensor, State, Tensor | None]:
         """x, y [B, L, D] -> scores [B, L], the new state, and the auxiliary loss of "head"."""
         x = x.detach()
-        options = {"chunk_size": self.chunk_size, "resets": layout.resets}
+        options: dict[str, Any] = {"chunk_size": self.chunk_size, "resets": layout.resets}
         match self.kind:
             case "rls":
                 with torch.no_grad():

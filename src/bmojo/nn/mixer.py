@@ -1,7 +1,7 @@
 """The one sequence mixer of the family: which memories a layer has is configuration.
 
-Input x [B, T, D], o = mixer(x): with y, S the fading tokens and state of the layer's SSM, query i of chunk c attends, in
-ONE softmax, to
+Input x [B, T, D], o = mixer(x): with y, S the fading tokens and state of the layer's SSM, query i of chunk c attends,
+in ONE softmax, to
 
     window    x_j, j in (i-W, i]                     itself and the W-1 before
     fading    y_j, j in (i-W-F, i-W]                 fading="summary": only the y at the ends of chunks
@@ -12,8 +12,9 @@ ONE softmax, to
     fading                        yyyyyyyyyy  (i-W-F, i-W]
     window                                  xxxxxxxxxx  (i-W, i]
 
-so no token is seen twice and none falls between. With `conv_size`, keys are made from a short causal convolution of x,
-queries and values from x itself: a stored value then carries the key it came under. Chunks, padding and documents: `bmojo.memory.layout`.
+so no token is seen twice and none falls between. With `conv_size`, keys are made from a short causal convolution of
+x, queries and values from x itself: a stored value then carries the key it came under.
+Chunks, padding and documents: `bmojo.memory.layout`.
 A layer of kind "ssm" gives y itself; one of kind "attention" has the window alone, or everything (window=None).
 
 The state of a layer is a dict of tensors, batch first (sizes in tokens; K key-value heads of size P):
@@ -34,7 +35,7 @@ from bmojo.config import ModelConfig
 from bmojo.memory.eidetic import compact_positions, keep_best, select
 from bmojo.memory.layout import Layout, blocks, make_layout
 from bmojo.memory.step import Step, grow
-from bmojo.nn.init import KeyConv, Linear, RMSNorm
+from bmojo.nn.init import KeyConv, Linear, Output, RMSNorm
 from bmojo.nn.innovation import Innovation
 from bmojo.nn.ssm import Prediction, State, make_ssm
 from bmojo.ops.attention import attend
@@ -64,12 +65,11 @@ class Mixer(nn.Module):
         if self.kind == "ssm":
             return
         std, heads, kv_heads, size = config.initializer_range, config.num_heads, config.num_kv_heads, config.head_dim
-        assert kv_heads is not None and size is not None
         self.conv = KeyConv(config.hidden_size, config.conv_size) if config.conv_size else None
         self.q_proj = Linear(config.hidden_size, heads * size, std)
         self.k_proj = Linear(config.hidden_size, kv_heads * size, std)
         self.v_proj = Linear(config.hidden_size, kv_heads * size, std)
-        self.o_proj = Linear(heads * size, config.hidden_size, std)
+        self.o_proj = Output(heads * size, config.hidden_size, std)
         self.q_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else None
         if self.has_fading and not config.tie_sources:
@@ -123,7 +123,8 @@ class Mixer(nn.Module):
         """x [B, T, D] -> o [B, T, D] and the state after it. `mask` [B, T] is False at padding; `document_ids` [B, T]
         changes where a document starts."""
         layout = make_layout(
-            *x.shape[:2],
+            x.shape[0],
+            x.shape[1],
             self.config.chunk_size,
             x.device,
             position=None if state is None else state["position"],
@@ -197,10 +198,10 @@ class Mixer(nn.Module):
         return rotate(k if norm is None else norm(k), table), v
 
     def _rope(self, at: Place, dtype: torch.dtype) -> Rope:
-        return at.rope(self.config.head_dim, self.config.rope_theta, dtype)  # type: ignore[arg-type]
+        return at.rope(self.config.head_dim, self.config.rope_theta, dtype)
 
     def _table(self, positions: Tensor, dtype: torch.dtype) -> Rope:
-        return rope_table(positions, self.config.head_dim, self.config.rope_theta, dtype)  # type: ignore[arg-type]
+        return rope_table(positions, self.config.head_dim, self.config.rope_theta, dtype)
 
     # the chunked form
     def _read_everything(
@@ -264,11 +265,11 @@ class Mixer(nn.Module):
         if self.innovation is not None:
             score, part, loss = self.innovation(shifted, y, prediction, state, layout)
             new |= part
-            slot_k, slot_v, mask, part = self._recall(k[:, W:], v[:, W:], score, state, layout)
+            slot_k, slot_v, slot_mask, part = self._recall(k[:, W:], v[:, W:], score, state, layout)
             new |= part
             keys.append(slot_k)
             values.append(slot_v)
-            masks.append(mask)
+            masks.append(slot_mask)
             if trace is not None:
                 trace.innovation.append(layout.restore(score))
                 trace.kept.append(part["slot_position"])
@@ -387,6 +388,7 @@ class Mixer(nn.Module):
     def _admit(self, score: Tensor, new: State, state: State, at: Step) -> State:
         """Note the token's score; at the end of a chunk, let its tokens compete for the slots."""
         config, chunk = self.config, self.config.chunk_size
+        assert config.window is not None
         names = ("slot_k", "slot_v", "slot_score", "slot_position")
         pending = at.put(state["pending"], at.position % chunk, score)
         kept = {name: state[name] for name in names} | {"pending": pending}

@@ -17,7 +17,7 @@ from bmojo.files import write_whole
 from bmojo.memory.layout import Layout, make_layout
 from bmojo.memory.state import MemoryState, require_same
 from bmojo.memory.step import Step
-from bmojo.nn.init import Linear, RMSNorm
+from bmojo.nn.init import Linear, Output, RMSNorm
 from bmojo.nn.mixer import Mixer, Trace
 from bmojo.nn.ssm import State
 
@@ -29,7 +29,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         std = config.initializer_range
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, std)
-        self.down = Linear(config.intermediate_size, config.hidden_size, std)
+        self.down = Output(config.intermediate_size, config.hidden_size, std)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
@@ -90,7 +90,7 @@ class BMojoLM(nn.Module):
         donate: bool = False,
         trace: Trace | None = None,
     ) -> tuple[Tensor, MemoryState]:
-        """Logits [batch, time, vocab_size] for the token after each of `tokens` [batch, time], and the state after them.
+        """Logits [batch, time, vocab_size] for the token after each of `tokens` [batch, time]; the state after them.
 
         `mask` [batch, time]: False at padding, which leaves the state as it is; its logits are those of a zero vector.
         `document_ids` [batch, time]: every change starts a new document, with empty memories.
@@ -117,7 +117,8 @@ class BMojoLM(nn.Module):
             x = self.embed(tokens[:, 0])
         else:
             at = make_layout(
-                *tokens.shape,
+                tokens.shape[0],
+                tokens.shape[1],
                 self.config.chunk_size,
                 tokens.device,
                 position=None if state is None else state.position,
@@ -140,9 +141,8 @@ class BMojoLM(nn.Module):
         """The state before any token."""
         weight = self.embed.weight
         dtype = weight.dtype if dtype is None else dtype
-        return MemoryState(
-            self.config, tuple(block.mixer.empty_state(batch, weight.device, dtype) for block in self.blocks)
-        )
+        mixers = (block.mixer for block in self.blocks)
+        return MemoryState(self.config, tuple(m.empty_state(batch, weight.device, dtype) for m in mixers))  # type: ignore
 
     def _check(self, tokens: Tensor, state: MemoryState | None) -> None:
         if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.is_floating_point():

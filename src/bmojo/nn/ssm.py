@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bmojo.config import ModelConfig
 from bmojo.memory.layout import Layout
-from bmojo.nn.init import CausalConv, Linear, RMSNorm
+from bmojo.nn.init import CausalConv, Linear, Output, RMSNorm
 from bmojo.ops.gated_delta import gated_delta, gated_delta_step
 from bmojo.ops.numerics import at_least_float32, repeat_groups
 from bmojo.ops.ssd import ssd, ssd_step
@@ -75,7 +75,7 @@ class SSD(FadingMemory):
         self.in_proj = Linear(config.hidden_size, 2 * self.size + 2 * self.bc + self.heads, std)
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = RMSNorm(self.size, config.norm_eps)
-        self.out_proj = Linear(self.size, config.hidden_size, std)
+        self.out_proj = Output(self.size, config.hidden_size, std)
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, xBC, dt = self.in_proj(u).split((self.size, self.size + 2 * self.bc, self.heads), -1)
@@ -133,7 +133,7 @@ class GatedDeltaNet(FadingMemory):
         std = config.initializer_range
         self.in_proj = Linear(config.hidden_size, 2 * self.size + 2 * self.qk + 2 * self.heads, std)
         self.norm = RMSNorm(self.head_dim, config.norm_eps)
-        self.out_proj = Linear(self.size, config.hidden_size, std)
+        self.out_proj = Output(self.size, config.hidden_size, std)
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         qkv, z, b, a = self.in_proj(u).split((self.size + 2 * self.qk, self.size, self.heads, self.heads), -1)
@@ -142,11 +142,12 @@ class GatedDeltaNet(FadingMemory):
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = qkv.split((self.qk, self.qk, self.size), -1)
-        q, k = (
-            repeat_groups(F.normalize(at_least_float32(part).unflatten(-1, (self.groups, self.state_size)), dim=-1, eps=1e-6), self.heads)
-            for part in (q, k)
-        )  # fmt: skip
+        q, k = (repeat_groups(self._unit(part), self.heads) for part in (q, k))
         return q * self.state_size**-0.5, k, v.unflatten(-1, (self.heads, self.head_dim))
+
+    def _unit(self, x: Tensor) -> Tensor:
+        """[..., groups * state_size] -> [..., groups, state_size], of unit norm."""
+        return F.normalize(at_least_float32(x).unflatten(-1, (self.groups, self.state_size)), dim=-1, eps=1e-6)
 
     def _output(self, o: Tensor, z: Tensor) -> Tensor:
         gated = self.norm(o.to(z.dtype)) * F.silu(z.unflatten(-1, (self.heads, self.head_dim)))

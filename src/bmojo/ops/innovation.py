@@ -3,8 +3,8 @@
 The scores that read a state of their own:
 
 `rls`: recursive least squares with forgetting g on unit-norm inputs k_t in R^r. At the start of a chunk the precision
-is M = g A + rho I, with A = sum_j g^(age of j) k_j k_j^T; inside the chunk each token adds k k^T to it. The score is the
-Kalman leverage, the share of the innovation's variance that the past does not explain:
+is M = g A + rho I, with A = sum_j g^(age of j) k_j k_j^T; inside the chunk each token adds k k^T to it. The score is
+the Kalman leverage, the share of the innovation's variance that the past does not explain:
 
     s_t = k_t^T M^-1 k_t / (1 + k_t^T M^-1 k_t)        in [0, 1)
 
