@@ -257,8 +257,8 @@ class Mixer(nn.Module):
             every = slice(stride - 1, None, stride)
             cos, sin = self._rope(layout, y.dtype)
             fading = self._keys(y[:, every], y[:, every], (cos[:, every], sin[:, every]), fading=True)
-            for name, part, out in zip(("fading_k", "fading_v"), fading, (keys, values), strict=True):
-                past = layout.history(None if state is None else state[name], part, size, stride)
+            for name, rows, out in zip(("fading_k", "fading_v"), fading, (keys, values), strict=True):
+                past = layout.history(None if state is None else state[name], rows, size, stride)
                 out.append(blocks(past, N, layout.chunk // stride, size, W // stride))
                 new[name] = layout.ring(past, size, stride)
             masks.append(layout.reachable(size, stride, W, F))
@@ -275,8 +275,8 @@ class Mixer(nn.Module):
                 trace.kept.append(part["slot_position"])
                 if loss is not None:
                     trace.losses.append(loss)
-        rows = q.shape[0]
-        mask = torch.cat([m.expand(rows, -1, -1, -1) for m in masks], -1)
+        batch = q.shape[0]
+        mask = torch.cat([m.expand(batch, -1, -1, -1) for m in masks], -1)
         own = torch.eye(layout.chunk, dtype=torch.bool, device=q.device)
         mask[..., W : W + layout.chunk] |= own & ~layout.valid.unflatten(1, (N, -1))[..., None]  # padding sees itself
         o = attend(
@@ -285,7 +285,7 @@ class Mixer(nn.Module):
             torch.cat([z.transpose(2, 3) for z in values], 3).flatten(0, 1),
             mask.flatten(0, 1)[:, None],
         )
-        return o.transpose(1, 2).unflatten(0, (rows, N)).flatten(1, 2), new
+        return o.transpose(1, 2).unflatten(0, (batch, N)).flatten(1, 2), new
 
     def _recall(
         self, k: Tensor, v: Tensor, score: Tensor, state: State | None, layout: Layout
