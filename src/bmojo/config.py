@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from bmojo.errors import ConfigError, nearest
 
@@ -14,6 +15,13 @@ SSMS = ("ssd", "gdn")
 FADINGS = ("window", "summary")
 POSITIONS = ("true", "compact")
 INNOVATIONS = ("rls", "ema", "state", "head", "random", "recent", "first")
+
+
+class Parts(NamedTuple):
+    ssm: bool
+    attention: bool
+    fading: bool
+    eidetic: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +125,10 @@ class ModelConfig:
             raise ConfigError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if any(self.parts(kind).ssm for kind in self.pattern):
+            self._check_ssm()
+
+    def _check_ssm(self) -> None:
         if (self.ssm_expand * self.hidden_size) % self.ssm_head_dim:
             raise ConfigError(
                 f"ssm_expand * hidden_size ({self.ssm_expand * self.hidden_size}) must be a multiple of "
@@ -137,11 +149,16 @@ class ModelConfig:
             for name in ("fading_span", "eidetic_slots"):
                 if getattr(self, name):
                     raise ConfigError(f"{name}={getattr(self, name)} is used by bmojo layers alone; pattern has none")
-        for name, low, high in (("innovation_forgetting", 0, 1), ("eidetic_decay", 0, 1)):
-            if not low < getattr(self, name) <= high:
-                raise ConfigError(f"{name} must be in ({low}, {high}], got {getattr(self, name)}")
-        if self.eidetic_threshold < 0:
-            raise ConfigError(f"eidetic_threshold must be at least 0, got {self.eidetic_threshold}")
+        for name in ("innovation_forgetting", "eidetic_decay"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+        for name in ("eidetic_threshold", "head_loss_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("rope_theta", "norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not (name == "initializer_range" and value is None) and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be above 0, got {value}")
 
     def _whole_chunks(self, name: str, value: int, *, least: int) -> None:
         chunk = self.chunk_size
@@ -151,6 +168,13 @@ class ModelConfig:
                 f"{name} must be a {'positive ' if least else ''}multiple of chunk ({chunk}), got {value}; "
                 f"use {below} or {below + chunk}"
             )
+
+    def parts(self, kind: str) -> Parts:
+        """Which memories a layer of this kind has; what nothing reads is left out."""
+        fading = kind == "bmojo" and self.fading_span > 0
+        eidetic = kind == "bmojo" and self.eidetic_slots > 0
+        reads_ssm = eidetic and self.innovation in ("state", "head")
+        return Parts(kind == "ssm" or fading or reads_ssm, kind != "ssm", fading, eidetic)
 
     # derived sizes
     @property

@@ -57,6 +57,18 @@ def test_equals_one_long_forward_pass(model, store):
     assert low < score.bits_per_byte < high
 
 
+def test_with_a_context_the_state_is_emptied_after_so_many_tokens(model, store):
+    total = 0.0
+    for i in range(len(store)):
+        tokens = np.asarray(store[i])
+        total += math.log2(300)
+        for start in range(0, len(tokens) - 1, 16):
+            total += bits_of(model, tokens[start : start + 17])[1:].sum()
+    score = score_documents(model, store, context=16, batch_size=3)
+    assert score.bits_per_byte == pytest.approx(total / score.bytes, rel=1e-12)
+    assert score.documents == len(store)
+
+
 @pytest.mark.parametrize(("segment", "batch_size"), [(1, 8), (8, 1), (64, 2), (512, 8)])
 def test_segments_and_batches_do_not_matter(model, store, segment, batch_size):
     expected = score_documents(model, store, segment=100, batch_size=4)

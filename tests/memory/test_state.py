@@ -181,7 +181,6 @@ DAMAGE = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="MemoryState.load does not check what is inside: other errors, or none")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_contents_are_refused(tmp_path, state, damage):
     path = tmp_path / "state"

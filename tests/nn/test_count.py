@@ -59,9 +59,3 @@ def test_flops_are_near_what_a_forward_pass_spends(preset, changes):
         model(torch.zeros(1, time, dtype=torch.int64))
     counted = sum(count.costs(config, list(range(time)))[1].flops)
     assert abs(counter.get_total_flops() / counted - 1) < 0.25
-
-
-def test_the_block_of_a_growing_cache_is_one_number():
-    from bmojo.memory import step
-
-    assert count.CACHE_BLOCK == step.CACHE_BLOCK

@@ -69,7 +69,6 @@ def test_consecutive_heads_share_a_group():
 
 def test_the_backend_is_chosen_in_one_place_and_logged_once(caplog):
     q, k, v = qkv(1, 1)
-    dispatch._announce.cache_clear()
     with caplog.at_level(logging.INFO, logger="bmojo.ops"), dispatch.use_backend("naive"):
         assert torch.equal(attend(q, k, v), attend_naive(q, k, v))
         attend(q, k, v)

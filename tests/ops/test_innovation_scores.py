@@ -72,9 +72,6 @@ def test_ema_equals_its_steps_with_padding_and_resets(forgetting, dtype):
     assert scores[0, 0] == scores[0, 8] == 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="ema with forgetting=1 weighs every token with -log(1) = 0: the mean stays empty"
-)
 def test_ema_without_forgetting_is_the_plain_mean():
     x = features(8)
     scores, _ = ops.ema(x, torch.ones(2, 8, dtype=torch.bool), None, chunk_size=CHUNK, forgetting=1.0)

@@ -65,9 +65,8 @@ class Bars:
     def __init__(self, console: Console) -> None:
         self.console = console
         columns = (TextColumn("{task.description:<24}"), BarColumn(), "[progress.percentage]{task.percentage:>3.0f}%")
-        self.progress = Progress(
-            *columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console
-        )
+        times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        self.progress = Progress(*columns, *times, console=console, disable=not console.is_terminal)
         self.finished = 0.0
 
     def __enter__(self) -> Bars:

@@ -103,12 +103,15 @@ def run(job: Job, tokenizer: Tokenizer, watcher: Watcher) -> dict[str, Any]:
     for suite, of_suite in configs.items():
         require_equal(suite, of_suite)
     with full_disk_told(job.folder):
-        _claim(job, plans, configs, tokenizer)
+        identity = _identity(job, plans, configs, tokenizer)
+        begun = _begun(job.folder, identity)
         data = None
         if "text" in plans:
             watcher.stage("reading the text")
             data = prepare(job.text, tokenizer, job.folder / "data", seed=job.seed, errors=job.errors)
             require_length(data, plans["text"].train.seq_len)
+        if not begun:  # only now, so that text that can't be used leaves the folder free
+            write_whole(job.folder / "job.json", (json.dumps(identity, indent=1) + "\n").encode())
         works = {suite: plan.train.steps * (1 + WEIGHT_OF_EVALUATION) for suite, plan in plans.items()}
         watcher.start(sum(works.values()) * len(job.models))
         results = _results(job, plans, data)
@@ -148,9 +151,9 @@ def require_equal(suite: str, configs: dict[str, ModelConfig]) -> None:
         )
 
 
-def _claim(job: Job, plans: dict, configs: dict, tokenizer: Tokenizer) -> None:
-    """Take the folder for this job, or raise CheckpointError if another job has it."""
-    identity = {
+def _identity(job: Job, plans: dict, configs: dict, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What job.json says: all that decides the results."""
+    return {
         "profile": job.profile,
         "text": job.text,
         "errors": job.errors,
@@ -161,13 +164,17 @@ def _claim(job: Job, plans: dict, configs: dict, tokenizer: Tokenizer) -> None:
         "settings": {suite: plan.train.to_dict() for suite, plan in plans.items()},
         "configurations": {suite: {n: c.to_dict() for n, c in of.items()} for suite, of in configs.items()},
     }
-    path = job.folder / "job.json"
+
+
+def _begun(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether the job was begun in the folder. Raises CheckpointError if that is another job's, or no comparison's."""
+    path = folder / "job.json"
     if not path.exists():
-        if job.folder.is_dir() and any(job.folder.iterdir()):
-            raise CheckpointError(f"{job.folder} holds something that is no comparison; use another --name")
-        job.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, (json.dumps(identity, indent=1) + "\n").encode())
-        return
+        # a job that failed over its text may have left data, one that was killed something hidden
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if any(name != "data" and not name.startswith(".") for name in names):
+            raise CheckpointError(f"{folder} holds something that is no comparison; use another --name")
+        return False
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -177,8 +184,9 @@ def _claim(job: Job, plans: dict, configs: dict, tokenizer: Tokenizer) -> None:
         if got != value:
             both = f": {json.dumps(got)} there, {json.dumps(value)} here" if len(json.dumps([got, value])) < 300 else ""
             raise CheckpointError(
-                f"{job.folder} was made with another {name}{both}; use another --name, or the same options to go on"
+                f"{folder} was made with another {name}{both}; use another --name, or the same options to go on"
             )
+    return True
 
 
 def _results(job: Job, plans: dict[str, Any], data: TextData | None) -> dict[str, Any]:
@@ -203,7 +211,7 @@ def _results(job: Job, plans: dict[str, Any], data: TextData | None) -> dict[str
         "settings": settings,
         "corpus": None if data is None else data.corpus_record(),
         "machine": {
-            "cpu": _cpu(),
+            "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -212,7 +220,7 @@ def _results(job: Job, plans: dict[str, Any], data: TextData | None) -> dict[str
     }
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -273,7 +281,9 @@ def _trained(model: BMojoLM, record: TrainRecord) -> dict[str, Any]:
 
 
 def _score_text(model: BMojoLM, plan: TextPlan, data: TextData) -> dict[str, Any]:
-    score = score_documents(model, data.eval, max_bytes=plan.eval_bytes, seed=plan.train.seed)
+    score = score_documents(
+        model, data.eval, max_bytes=plan.eval_bytes, context=plan.train.seq_len, batch_size=16, seed=plan.train.seed
+    )
     positions = by_position(
         model,
         data.eval,

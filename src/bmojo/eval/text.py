@@ -63,11 +63,15 @@ def score_documents(
     store: Documents,
     *,
     max_bytes: int | None = None,
+    context: int | None = None,
     segment: int = 512,
     batch_size: int = 8,
     seed: int = 0,
 ) -> TextScore:
-    """Code length of whole documents, each read from an empty state, over their UTF-8 bytes.
+    """Code length of documents, each read from an empty state, over their UTF-8 bytes.
+
+    With `context`, the state is emptied after every so many tokens of a document, as it is between the rows of
+    training: the score is then that of the training length, not of how well a model goes on beyond it.
 
     The first token of a document costs log2(vocab_size) bits, every other -log2 p(token | the document before it).
     With `max_bytes`, documents are taken in an order drawn by `seed` until it is reached, each cut to at most an
@@ -78,9 +82,14 @@ def score_documents(
     """
     kept = _within(store, max_bytes, seed)
     bits = np.zeros(len(kept))
-    tokens = [store[document][:length] for document, length in kept]
-    for i, costs in token_bits(model, tokens, segment=segment, batch_size=batch_size):
-        bits[i] = costs.sum()
+    pieces = [
+        (i, start, store[document][start : min(length, start + (context or length) + 1)])
+        for i, (document, length) in enumerate(kept)
+        for start in range(0, max(1, length - 1), context or length)
+    ]
+    for j, costs in token_bits(model, [piece for *_, piece in pieces], segment=segment, batch_size=batch_size):
+        i, start, _ = pieces[j]
+        bits[i] += costs[min(start, 1) :].sum()  # the first token of a later piece was scored in the one before
     sizes = np.array([store.bytes[document] * length / store.lengths[document] for document, length in kept])
     return TextScore(
         float(bits.sum() / sizes.sum()), bootstrap_ratio(bits, sizes, seed), len(kept), round(float(sizes.sum()))

@@ -83,9 +83,7 @@ class Stream:
         """Write the state and the last token, for `load_stream_state`; MemoryState.load reads it too."""
         if self.last is None:
             raise StateError("there is no token to go on from; save after a token was generated")
-        first, *rest = self.state.layers
-        noted = {**first, LAST_TOKEN: torch.tensor([self.last], device=self.state.position.device)}
-        dataclasses.replace(self.state, layers=(noted, *rest)).save(path)
+        dataclasses.replace(self.state, note={LAST_TOKEN: self.last}).save(path)
 
     def _choose(self, logits: Tensor) -> int:
         if self.temperature == 0:
@@ -129,10 +127,7 @@ def generate(
 def load_stream_state(path: str | os.PathLike, model: BMojoLM) -> tuple[MemoryState, list[int]]:
     """The state that `Stream.save` (or MemoryState.save) wrote, and the tokens that it has not read: one, or none."""
     state = MemoryState.load(path, model.config, device=str(model.embed.weight.device))
-    first, *rest = state.layers
-    unread = [int(first[LAST_TOKEN])] if LAST_TOKEN in first else []
-    layers = ({name: tensor for name, tensor in first.items() if name != LAST_TOKEN}, *rest)
-    return dataclasses.replace(state, layers=layers), unread
+    return state, [state.note[LAST_TOKEN]] if LAST_TOKEN in state.note else []
 
 
 def _check_settings(max_new_tokens: int, temperature: float, top_p: float, top_k: int | None) -> None:

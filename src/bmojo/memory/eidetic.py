@@ -55,14 +55,13 @@ def select_chunked(
         best, where = held
     index = torch.arange(slots, device=score.device).expand(batch, -1).clamp(max=first + layout.slots - 1)
     ends, complete, resets = now[:, chunk - 1 :: chunk] + 1, layout.complete, layout.resets
-    all_complete = bool(complete.all())
     sets, positions = [], []
     for c in range(layout.chunks):
         if resets is not None:
             where = where.masked_fill(resets[:, c, None], -1)
         sets.append(index)
         positions.append(where)
-        if not all_complete and not bool(complete[:, c].any()):
+        if not layout.whole and not bool(complete[:, c].any()):
             continue
         part = slice(c * chunk, (c + 1) * chunk)
         new = torch.arange(first + part.start, first + part.stop, device=score.device).expand(batch, -1)
@@ -71,7 +70,7 @@ def select_chunked(
         order, is_one = keep_best(candidates[0], candidates[1], ends[:, c], slots, decay=decay, threshold=threshold)
         chosen = [x.gather(1, order) for x in candidates]
         chosen[1] = chosen[1].masked_fill(~is_one, -1)
-        if not all_complete:
+        if not layout.whole:
             done = complete[:, c, None]
             chosen = [torch.where(done, x, old) for x, old in zip(chosen, (best, where, index), strict=True)]
         best, where, index = chosen

@@ -43,6 +43,7 @@ class Layout:
     mask: Tensor | None  # [B, T] bool; None: no padding
     continued: bool  # a state came in
     packed: bool  # documents may start inside the call
+    whole: bool  # every slot holds a token of this call
     cache: dict = field(default_factory=dict, repr=False)
 
     @property
@@ -190,7 +191,8 @@ def make_layout(
 ) -> Layout:
     """Lay out a call of [batch, time] tokens that continues a state at `position` [batch] of `document` [batch].
 
-    `mask` [batch, time] is True (or nonzero) for tokens; `document_ids` [batch, time] changes where a document starts.
+    `mask` [batch, time] is True (or nonzero) for tokens; `document_ids` [batch, time], at least 0, changes where a
+    document starts.
     """
     continued = position is not None
     for name, given in (("mask", mask), ("document_ids", document_ids)):
@@ -222,6 +224,7 @@ def make_layout(
             mask=None,
             continued=continued,
             packed=False,
+            whole=time == chunks * chunk,
         )
 
     token = torch.ones(batch, time, dtype=torch.bool, device=device) if mask is None else mask
@@ -231,6 +234,8 @@ def make_layout(
     is_token = index < count[:, None]
     boundary = torch.zeros_like(is_token)
     if document_ids is not None:
+        if bool((document_ids < 0).any()):
+            raise StateError(f"document_ids must be at least 0, got {int(document_ids.min())}")
         ids = document_ids.to(torch.int64).gather(1, order)
         before = torch.cat((was[:, None], ids[:, :-1]), 1)
         boundary = is_token & (ids != before) & (before >= 0)
@@ -275,4 +280,5 @@ def make_layout(
         mask=mask,
         continued=continued,
         packed=document_ids is not None,
+        whole=False,
     )

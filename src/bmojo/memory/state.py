@@ -6,8 +6,9 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,8 +16,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from bmojo.config import ModelConfig
-from bmojo.errors import StateError
+from bmojo.errors import ConfigError, StateError
 from bmojo.files import write_whole
+from bmojo.memory.spec import layer_spec
 
 FORMAT = "bmojo.memory-state"
 VERSION = 1
@@ -26,11 +28,13 @@ VERSION = 1
 class MemoryState:
     """Everything that a model remembers of the tokens so far: one dict of tensors a layer, batch first.
 
-    The names of the tensors are documented in `bmojo.nn.mixer`. Each method returns a new state.
+    The names of the tensors are documented in `bmojo.memory.spec`. Each method returns a new state.
+    `note` is whatever in JSON the saver wants to find again; no model reads it.
     """
 
     config: ModelConfig
     layers: tuple[dict[str, Tensor], ...]
+    note: dict[str, Any] = field(default_factory=dict)
 
     @property
     def position(self) -> Tensor:
@@ -93,6 +97,7 @@ class MemoryState:
             for name, tensor in layer.items()
         }
         metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(self.config.to_dict())}
+        metadata["note"] = json.dumps(self.note)
         write_whole(Path(path), save(tensors, metadata=metadata))
 
     @classmethod
@@ -102,26 +107,55 @@ class MemoryState:
         try:
             with safe_open(path, framework="pt", device=device) as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise StateError(f"{path} is not a memory state: expected one that MemoryState.save wrote")
-                if int(metadata["version"]) > VERSION:
-                    raise StateError(
-                        f"{path} has state format {metadata['version']}, this bmojo reads up to {VERSION}; update bmojo"
-                    )
-                names = list(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise StateError(f"no memory state at {path}") from None
         except (SafetensorError, OSError) as error:
             raise StateError(f"{path} can't be read as a memory state: {error}") from None
-        saved = ModelConfig.from_dict(json.loads(metadata["config"]))
+        if metadata.get("format") != FORMAT:
+            raise StateError(f"{path} is not a memory state: expected one that MemoryState.save wrote")
+        try:
+            if int(metadata["version"]) > VERSION:
+                raise StateError(
+                    f"{path} has state format {metadata['version']}, this bmojo reads up to {VERSION}; update bmojo"
+                )
+            saved = ModelConfig.from_dict(json.loads(metadata["config"]))
+            note = json.loads(metadata.get("note", "{}"))
+        except (KeyError, TypeError, json.JSONDecodeError, ConfigError) as error:
+            raise StateError(f"{path} is damaged: its header can't be read ({error}); save the state again") from None
+        except ValueError as error:
+            if isinstance(error, StateError):
+                raise
+            raise StateError(
+                f"{path} is damaged: its version is {metadata['version']!r}; save the state again"
+            ) from None
         if config is not None:
             require_same(saved, config)
-        layers: list[dict[str, Tensor]] = [{} for _ in range(saved.num_layers)]
-        for name, tensor in tensors.items():
-            _, layer, key = name.split(".", 2)
-            layers[int(layer)][key] = tensor
-        return cls(saved, tuple(layers))
+        return cls(saved, _layers(tensors, saved, path), note)
+
+
+def _layers(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tuple[dict[str, Tensor], ...]:
+    """The tensors of a state file by layer, or StateError unless they are those of `config`."""
+    layers: list[dict[str, Tensor]] = []
+    known = {f"layers.{i}.{name}" for i, kind in enumerate(config.kinds) for name in layer_spec(config, kind)}
+    if foreign := sorted(tensors.keys() - known):
+        raise StateError(f"{path} is damaged: it holds {foreign[0]}, which this model has not; save the state again")
+    for i, kind in enumerate(config.kinds):
+        layer = {}
+        for name, entry in layer_spec(config, kind).items():
+            tensor = tensors.get(f"layers.{i}.{name}")
+            grows = kind == "attention" and config.window is None and name in ("k", "v")
+            shape = None if tensor is None else tuple(tensor.shape[2 if grows else 1 :])
+            if tensor is None or shape != entry.shape[grows:]:
+                raise StateError(
+                    f"{path} is damaged: layers.{i}.{name} is {'missing' if tensor is None else tuple(tensor.shape)}, "
+                    f"expected [batch, {', '.join(map(str, entry.shape))}]; save the state again"
+                )
+            layer[name] = tensor
+        layers.append(layer)
+    if len({tensor.shape[0] for layer in layers for tensor in layer.values()}) != 1:
+        raise StateError(f"{path} is damaged: its tensors differ in batch size; save the state again")
+    return tuple(layers)
 
 
 VERBATIM = {"k", "v", "fading_k", "fading_v", "slot_k", "slot_v", "conv", "ssm_conv", "last_y"}

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bmojo.memory.spec import CACHE_BLOCK
 from bmojo.ops.rope import rope_table
-
-CACHE_BLOCK = 256  # an unbounded cache grows by whole blocks of this many tokens
 
 
 @dataclass(frozen=True)

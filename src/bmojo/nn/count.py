@@ -8,14 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bmojo.config import ModelConfig
-
-CACHE_BLOCK = 256
+from bmojo.memory.spec import innovation_dim, layer_spec, ssm_channels
 
 
 def ssm_parameters(config: ModelConfig) -> int:
     hidden, size, heads = config.hidden_size, config.ssm_size, config.ssm_heads
     shared = config.ssm_groups * config.ssm_state_size
-    channels = size + 2 * shared
+    channels = ssm_channels(config)
     if config.ssm == "ssd":
         return (
             hidden * (2 * size + 2 * shared + heads)
@@ -32,25 +31,17 @@ def ssm_parameters(config: ModelConfig) -> int:
     )
 
 
-def _parts(config: ModelConfig, kind: str) -> tuple[bool, bool, bool]:
-    """Whether a layer of this kind has an SSM, an attention readout, an eidetic memory."""
-    eidetic = kind == "bmojo" and config.eidetic_slots > 0
-    reads_ssm = eidetic and config.innovation in ("state", "head")
-    has_ssm = kind == "ssm" or (kind == "bmojo" and (config.fading_span > 0 or reads_ssm))
-    return has_ssm, kind != "ssm", eidetic
-
-
 def mixer_parameters(config: ModelConfig, kind: str) -> int:
     hidden, size = config.hidden_size, config.head_dim
-    has_ssm, has_attention, eidetic = _parts(config, kind)
-    count = ssm_parameters(config) if has_ssm else 0
-    if has_attention:
+    has = config.parts(kind)
+    count = ssm_parameters(config) if has.ssm else 0
+    if has.attention:
         keys = config.num_kv_heads * size
         norms = 2 * size if config.qk_norm else 0
         count += 2 * hidden * config.num_heads * size + 2 * hidden * keys + norms + hidden * config.conv_size
-        if kind == "bmojo" and config.fading_span and not config.tie_sources:
+        if has.fading and not config.tie_sources:
             count += 2 * hidden * keys + norms // 2
-        if eidetic and config.innovation == "head":
+        if has.eidetic and config.innovation == "head":
             count += hidden * hidden
     return count
 
@@ -69,16 +60,16 @@ def parameters(config: ModelConfig) -> int:
 def layer_flops(config: ModelConfig, kind: str, context: int) -> int:
     """FLOPs of one token that has `context` tokens behind it, in a layer (attention over what it can see)."""
     hidden, chunk, size = config.hidden_size, config.chunk_size, config.head_dim
-    has_ssm, has_attention, eidetic = _parts(config, kind)
+    has = config.parts(kind)
     multiply_adds = 3 * hidden * config.intermediate_size
-    if has_ssm:
+    if has.ssm:
         shared, extra = config.ssm_groups * config.ssm_state_size, config.ssm_heads * (1 if config.ssm == "ssd" else 2)
         multiply_adds += hidden * (3 * config.ssm_size + 2 * shared + extra)
         within = min(chunk, context + 1)
         pairs = config.ssm_groups if config.ssm == "ssd" else 3 * config.ssm_heads
         multiply_adds += within * (pairs * config.ssm_state_size + config.ssm_size) // 2
         multiply_adds += (2 if config.ssm == "ssd" else 3) * config.ssm_size * config.ssm_state_size
-    if has_attention:
+    if has.attention:
         wide, keys = config.num_heads * size, config.num_kv_heads * size
         multiply_adds += hidden * (2 * wide + 2 * keys)
         seen = context + 1 if config.window is None else min(config.window, context + 1)
@@ -86,10 +77,10 @@ def layer_flops(config: ModelConfig, kind: str, context: int) -> int:
             fading = max(0, min(config.fading_span, context + 1 - config.window)) // config.fading_stride
             seen += fading + max(0, min(config.eidetic_slots, context + 1 - config.window))
             multiply_adds += 2 * hidden * keys // config.fading_stride if config.fading_span else 0
-            if eidetic and config.innovation == "rls":
-                dim = min(config.innovation_dim, hidden)
+            if has.eidetic and config.innovation == "rls":
+                dim = innovation_dim(config)
                 multiply_adds += hidden * dim + 3 * dim * dim + chunk * dim
-            if eidetic and config.innovation == "head":
+            if has.eidetic and config.innovation == "head":
                 multiply_adds += hidden * hidden
         multiply_adds += 2 * wide * seen
     return 2 * multiply_adds
@@ -97,25 +88,7 @@ def layer_flops(config: ModelConfig, kind: str, context: int) -> int:
 
 def layer_state_bytes(config: ModelConfig, kind: str, context: int, *, width: int = 4) -> int:
     """Bytes that one row of a layer's state takes after `context` tokens; `width` bytes a verbatim number."""
-    hidden, size, exact = config.hidden_size, config.head_dim, max(4, width)
-    has_ssm, has_attention, eidetic = _parts(config, kind)
-    total = 2 * 8  # position, document
-    if has_ssm:
-        channels = config.ssm_size + 2 * config.ssm_groups * config.ssm_state_size
-        total += exact * config.ssm_size * config.ssm_state_size + width * (config.ssm_conv - 1) * channels
-    if has_attention:
-        row = 2 * config.num_kv_heads * size * width
-        total += width * hidden * max(0, config.conv_size - 1)
-        total += row * (-(-context // CACHE_BLOCK) * CACHE_BLOCK if config.window is None else config.window)
-        if kind == "bmojo" and config.window is not None and config.fading_span:
-            total += row * ((config.window + config.fading_span) // config.fading_stride)
-        if eidetic:
-            total += config.eidetic_slots * (row + exact + 8) + exact * config.chunk_size
-            dim = min(config.innovation_dim, hidden)
-            total += {"rls": 2 * exact * dim * dim, "ema": exact * hidden, "head": width * hidden}.get(
-                config.innovation, 0
-            )
-    return total
+    return sum(entry.nbytes(width) for entry in layer_spec(config, kind, context).values())
 
 
 @dataclass(frozen=True)

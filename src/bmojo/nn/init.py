@@ -9,7 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bmojo.ops.numerics import at_least_float32
 
 RESIDUAL_SCALE = 0.1  # see docs/decisions.md
 
@@ -56,6 +59,10 @@ class RMSNorm(nn.RMSNorm):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__(size, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = at_least_float32(x)
+        return F.rms_norm(exact, self.normalized_shape, self.weight.to(exact.dtype), self.eps).to(x.dtype)
 
 
 class CausalConv(nn.Module):

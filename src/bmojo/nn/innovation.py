@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from bmojo.config import ModelConfig
 from bmojo.memory.layout import Layout
+from bmojo.memory.spec import innovation_dim
 from bmojo.memory.step import Step
 from bmojo.nn.init import Linear
 from bmojo.nn.ssm import Prediction, State
 from bmojo.ops import innovation as ops
+from bmojo.ops.numerics import at_least_float32
 
 
 class Innovation(nn.Module):
@@ -27,9 +29,9 @@ class Innovation(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.kind, self.index, self.chunk_size = config.innovation, index, config.chunk_size
-        self.forgetting, self.hidden_size = config.innovation_forgetting, config.hidden_size
+        self.forgetting = config.innovation_forgetting
         if self.kind == "rls":
-            self.dim = min(config.innovation_dim, config.hidden_size)
+            self.dim = innovation_dim(config)
             generator = torch.Generator().manual_seed(index)
             projection = torch.randn(config.hidden_size, self.dim, generator=generator, device="cpu")
             whole = self.dim == config.hidden_size
@@ -38,26 +40,11 @@ class Innovation(nn.Module):
         elif self.kind == "head":
             self.predict = Linear(config.hidden_size, config.hidden_size, config.initializer_range)
 
-    @property
-    def reads_ssm(self) -> bool:
-        return self.kind in ("state", "head")
-
-    def empty_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
-        like = torch.zeros(batch, self.hidden_size, device=device, dtype=torch.promote_types(dtype, torch.float32))
-        match self.kind:
-            case "rls":
-                return dict(zip(("rls_A", "rls_M"), ops.rls_start(batch, self.dim, like), strict=True))
-            case "ema":
-                return {"ema": like}
-            case "head":
-                return {"last_y": like.to(dtype)}
-        return {}
-
     def _features(self, x: Tensor) -> Tensor:
         """Unit-norm inputs of `rls`, projected."""
         if self.projection is not None:
             x = x @ self.projection.to(x.dtype)
-        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+        return F.normalize(at_least_float32(x), dim=-1)
 
     def forward(
         self, x: Tensor, y: Tensor | None, prediction: Prediction, state: State | None, layout: Layout
@@ -90,7 +77,7 @@ class Innovation(nn.Module):
                 error = ops.relative_error(x, self.predict(past))
                 count = layout.valid.sum().clamp(min=1)
                 return error.detach(), {"last_y": layout.tail(extended, 1)[:, 0]}, (error * layout.valid).sum() / count
-        return ops.position_score(self.kind, layout.position, self.index), {}, None
+        return ops.position_score(self.kind, layout.position, self.index).to(at_least_float32(x).dtype), {}, None
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor | None, prediction: Prediction, state: State, at: Step) -> tuple[Tensor, State]:
@@ -107,4 +94,4 @@ class Innovation(nn.Module):
                 return ops.relative_error(*prediction).mean(-1), {}  # type: ignore[misc]
             case "head":
                 return ops.relative_error(x, self.predict(state["last_y"])), {"last_y": y}  # type: ignore[dict-item]
-        return ops.position_score(self.kind, at.position, self.index), {}
+        return ops.position_score(self.kind, at.position, self.index).to(at_least_float32(x).dtype), {}

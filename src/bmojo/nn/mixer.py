@@ -17,11 +17,7 @@ x, queries and values from x itself: a stored value then carries the key it came
 Chunks, padding and documents: `bmojo.memory.layout`.
 A layer of kind "ssm" gives y itself; one of kind "attention" has the window alone, or everything (window=None).
 
-The state of a layer is a dict of tensors, batch first (sizes in tokens; K key-value heads of size P):
-`position`, `document` [B]; `conv` [B, conv_size-1, D]; the SSM's and the innovation's own;
-`k`, `v` [B, W, K, P] (a ring; keys turned by their positions) or, without a window, a cache that grows;
-`fading_k`, `fading_v` (a ring); `slot_k`, `slot_v` [B, E, K, P], `slot_score`, `slot_position` [B, E] (-1: empty),
-`pending` [B, chunk]: the scores of the chunk in progress.
+The state of a layer is a dict of tensors, batch first: `bmojo.memory.spec` names them.
 """
 
 from __future__ import annotations
@@ -34,11 +30,13 @@ from torch import Tensor, nn
 from bmojo.config import ModelConfig
 from bmojo.memory.eidetic import compact_positions, keep_best, select
 from bmojo.memory.layout import Layout, blocks, make_layout
+from bmojo.memory.spec import fading_entries, layer_spec
 from bmojo.memory.step import Step, grow
 from bmojo.nn.init import KeyConv, Linear, Output, RMSNorm
 from bmojo.nn.innovation import Innovation
 from bmojo.nn.ssm import Prediction, State, make_ssm
 from bmojo.ops.attention import attend
+from bmojo.ops.innovation import rls_start
 from bmojo.ops.rope import rope_table, rotate
 
 Place = Layout | Step
@@ -58,11 +56,11 @@ class Mixer(nn.Module):
     def __init__(self, config: ModelConfig, index: int = 0) -> None:
         super().__init__()
         self.config, self.kind = config, config.kinds[index]
-        self.innovation = Innovation(config, index) if self.kind == "bmojo" and config.eidetic_slots else None
-        self.has_fading = self.kind == "bmojo" and config.fading_span > 0
-        reads_ssm = self.innovation is not None and self.innovation.reads_ssm
-        self.ssm = make_ssm(config) if self.kind == "ssm" or self.has_fading or reads_ssm else None
-        if self.kind == "ssm":
+        has = config.parts(self.kind)
+        self.has_fading = has.fading
+        self.innovation = Innovation(config, index) if has.eidetic else None
+        self.ssm = make_ssm(config) if has.ssm else None
+        if not has.attention:
             return
         std, heads, kv_heads, size = config.initializer_range, config.num_heads, config.num_kv_heads, config.head_dim
         self.conv = KeyConv(config.hidden_size, config.conv_size) if config.conv_size else None
@@ -77,38 +75,19 @@ class Mixer(nn.Module):
             self.fading_v_proj = Linear(config.hidden_size, kv_heads * size, std)
             self.fading_k_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else None
 
-    # state
     def empty_state(self, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> State:
         """The state before any token."""
-        config, device = self.config, torch.device(device)
-        count = torch.zeros(batch, dtype=torch.int64, device=device)
-        state = {"position": count, "document": count - 1}
-        if self.ssm is not None:
-            state |= self.ssm.empty_state(batch, device, dtype)
-        if self.kind == "ssm":
-            return state
-
-        def rows(number: int) -> Tensor:
-            return torch.zeros(batch, number, config.num_kv_heads, config.head_dim, device=device, dtype=dtype)
-
-        if self.conv is not None:
-            state["conv"] = torch.zeros(batch, self.conv.lags, config.hidden_size, device=device, dtype=dtype)
-        state |= {"k": rows(config.window or 0), "v": rows(config.window or 0)}
-        if self.has_fading:
-            state |= {"fading_k": rows(self._fading_entries), "fading_v": rows(self._fading_entries)}
-        if self.innovation is not None:
-            exact = torch.promote_types(dtype, torch.float32)
-            state |= self.innovation.empty_state(batch, device, dtype)
-            state |= {"slot_k": rows(config.eidetic_slots), "slot_v": rows(config.eidetic_slots)}
-            state["slot_score"] = torch.zeros(batch, config.eidetic_slots, device=device, dtype=exact)
-            state["slot_position"] = torch.full_like(state["slot_score"], -1, dtype=torch.int64)
-            state["pending"] = torch.zeros(batch, config.chunk_size, device=device, dtype=exact)
+        dtypes = {"verbatim": dtype, "exact": torch.promote_types(dtype, torch.float32), "integer": torch.int64}
+        state = {
+            name: torch.zeros(batch, *entry.shape, device=device, dtype=dtypes[entry.kind])
+            for name, entry in layer_spec(self.config, self.kind).items()
+        }
+        for name in ("document", "slot_position"):
+            if name in state:
+                state[name] -= 1
+        if "rls_M" in state:
+            state["rls_A"], state["rls_M"] = rls_start(batch, state["rls_A"].shape[-1], state["rls_A"])
         return state
-
-    @property
-    def _fading_entries(self) -> int:
-        assert self.config.window is not None
-        return (self.config.window + self.config.fading_span) // self.config.fading_stride
 
     # entry points
     def forward(
@@ -253,7 +232,7 @@ class Mixer(nn.Module):
         new = {"k": layout.ring(k, W), "v": layout.ring(v, W)}
         if self.has_fading:
             assert y is not None
-            size = self._fading_entries
+            size = fading_entries(config)
             every = slice(stride - 1, None, stride)
             cos, sin = self._rope(layout, y.dtype)
             fading = self._keys(y[:, every], y[:, every], (cos[:, every], sin[:, every]), fading=True)
@@ -361,7 +340,7 @@ class Mixer(nn.Module):
             new["fading_v"] = at.put_in_ring(state["fading_v"], fading_v, stride)
             keys.append(new["fading_k"])
             values.append(new["fading_v"])
-            masks.append(at.reachable(self._fading_entries, stride, W, F))
+            masks.append(at.reachable(fading_entries(config), stride, W, F))
         if self.innovation is not None:
             position = state["slot_position"]
             slot_k = state["slot_k"]

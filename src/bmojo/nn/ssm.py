@@ -45,13 +45,6 @@ class FadingMemory(nn.Module):
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
 
-    def empty_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> State:
-        exact = torch.promote_types(dtype, torch.float32)
-        return {
-            "ssm": torch.zeros(batch, self.heads, self.state_size, self.head_dim, device=device, dtype=exact),
-            "ssm_conv": torch.zeros(batch, self.conv.lags, self.conv.weight.shape[0], device=device, dtype=dtype),
-        }
-
     def _convolve(self, x: Tensor, state: State | None, layout: Layout) -> tuple[Tensor, Tensor]:
         extended = layout.extend(x, None if state is None else state["ssm_conv"], self.conv.lags)
         mixed = self.conv(extended, layout.position if layout.packed else None)

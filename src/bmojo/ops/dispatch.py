@@ -6,31 +6,30 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 from bmojo.errors import ConfigError, nearest
 
 BACKENDS = ("chunked", "naive")
-_backend: ContextVar[str] = ContextVar("bmojo_backend", default="chunked")
 _log = logging.getLogger("bmojo.ops")
-
-
-@functools.cache
-def _announce(backend: str) -> None:
-    _log.info("sequence ops run in their %s form", backend)
+_backend = "chunked"  # a plain global: compilers can guard on it
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Inside the block every op runs in the named form: "chunked" (default) or "naive" (the definition; slow)."""
+    """Inside the block every op runs in the named form: "chunked" (default) or "naive" (the definition; slow).
+
+    It holds for the whole process, not for one thread.
+    """
+    global _backend
     if name not in BACKENDS:
         raise ConfigError(f"unknown backend {name!r}; {nearest(name, BACKENDS)}")
-    token = _backend.set(name)
+    before, _backend = _backend, name
+    _log.info("sequence ops run in their %s form", name)
     try:
         yield
     finally:
-        _backend.reset(token)
+        _backend = before
 
 
 def dispatched(**forms: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,8 +37,6 @@ def dispatched(**forms: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forms["chunked"])
     def op(*args: Any, **kwargs: Any) -> Any:
-        backend = _backend.get()
-        _announce(backend)
-        return forms[backend](*args, **kwargs)
+        return forms[_backend](*args, **kwargs)
 
     return op

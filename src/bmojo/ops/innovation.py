@@ -12,8 +12,8 @@ the Kalman leverage, the share of the innovation's variance that the past does n
 factor: with G = K M^-1 K^T and L L^T = I + G, the variance of token t given those before it is L_tt^2, so
 s_t = 1 - 1 / L_tt^2.
 
-`ema`: cosine distance to a fading mean of the past, s_t = 1 - cos(x_t, m_{t-1}); 1 where there is no past. The mean is
-the simplest selective scan: one head, one state, B = C = 1.
+`ema`: cosine distance to a fading mean of the past, s_t = 1 - cos(x_t, m_{t-1}); 1 where there is no past. The mean
+(up to a factor) is the simplest selective scan: one head, one state, dt = B = C = 1.
 """
 
 from __future__ import annotations
@@ -101,26 +101,27 @@ rls = dispatched(chunked=rls_chunked, naive=rls_naive)
 def ema(
     x: Tensor, valid: Tensor, mean: Tensor | None, *, chunk_size: int, forgetting: float, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scores [batch, time] of x [batch, time, dim], and the fading mean [batch, dim] after it."""
+    """Scores [batch, time] of x [batch, time, dim], and the fading sum [batch, dim] after it."""
     x = at_least_float32(x)
-    dt = -math.log(forgetting) * valid.to(x.dtype)[..., None]
+    dt = valid.to(x.dtype)[..., None]
     ones = torch.ones_like(dt)[..., None]
-    zero = torch.zeros(1, dtype=dt.dtype, device=dt.device)
     state = None if mean is None else mean[:, None, None]
     options = {"chunk_size": chunk_size, "state": state, "resets": resets, "exclusive": True}
-    past, state = ssd(x[:, :, None], dt, zero, ones, ones, **options)
+    past, state = ssd(x[:, :, None], dt, _log_rate(forgetting, x), ones, ones, **options)
     return cosine_distance(x, past.squeeze(2)) * valid, state[:, 0, 0]
 
 
 def ema_step(x: Tensor, mean: Tensor, *, forgetting: float) -> tuple[Tensor, Tensor]:
-    """One token x [batch, dim]; the score [batch] and the new mean."""
-    score = cosine_distance(x, mean)
-    ones = torch.ones_like(mean[:, :1])
-    zero = torch.zeros(1, dtype=mean.dtype, device=mean.device)
-    _, state = ssd_step(
-        x[:, None], -math.log(forgetting) * ones, zero, ones[..., None], ones[..., None], state=mean[:, None, None]
-    )
-    return score, state[:, 0, 0]
+    """One token x [batch, dim]; the score [batch] and the new fading sum."""
+    one = torch.ones_like(mean[:, :1])
+    B = one[..., None]
+    _, state = ssd_step(x[:, None], one, _log_rate(forgetting, mean), B, B, state=mean[:, None, None])
+    return cosine_distance(x, mean), state[:, 0, 0]
+
+
+def _log_rate(forgetting: float, like: Tensor) -> Tensor:
+    """A_log [1] of a scan that forgets so: log(-log g); -inf, no decay, for g = 1."""
+    return like.new_tensor([-math.log(forgetting)]).log()
 
 
 def cosine_distance(x: Tensor, past: Tensor) -> Tensor:

@@ -23,4 +23,4 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn x [..., heads, head_dim] by the angles of `table`; the score of q_i and k_j then depends on i - j alone."""
     cos, sin = table
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
