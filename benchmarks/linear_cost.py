@@ -97,7 +97,9 @@ def measure_decoding(model: BMojoLM, rounds: int) -> dict[str, Any]:
 
 
 def spread(times: Any) -> dict[str, float]:
-    return dict(zip(("low_quartile", "median", "high_quartile"), np.percentile(times, [25, 50, 75]).tolist(), strict=True))
+    return dict(
+        zip(("low_quartile", "median", "high_quartile"), np.percentile(times, [25, 50, 75]).tolist(), strict=True)
+    )
 
 
 def broken_bars(models: dict[str, Any]) -> list[str]:

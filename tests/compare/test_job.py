@@ -171,9 +171,8 @@ def test_recall_says_where_each_question_is(whole):
     rows = read_results(whole[0] / "results.json")["models"][-1]["eval"]["recall"]
     found = [(row["length"], row["distance"], row["where"]) for row in rows]
     inside, beyond, longer = "inside the window", "beyond the window", "beyond the training length"
-    assert found == [(32, 10, inside), (32, 8, inside), (32, 16, beyond), (32, 24, beyond)] + [
-        (64, 56, longer), (128, 120, longer)
-    ]  # fmt: skip
+    assert found[:4] == [(32, 10, inside), (32, 8, inside), (32, 16, beyond), (32, 24, beyond)]
+    assert found[4:] == [(64, 56, longer), (128, 120, longer)]
 
 
 def test_the_same_seed_gives_the_same_results_to_the_bit(whole, run_nano, tmp_path):
@@ -260,7 +259,7 @@ def test_a_killed_run_goes_on_exactly(whole, run_nano, text, tmp_path):
 
 def test_a_finished_run_is_only_reported_again(whole, copy, run_nano):
     before = content(copy)
-    assert run_nano(copy).steps == dict.fromkeys(whole[1].steps, [])
+    assert not any(run_nano(copy).steps.values())
     after = content(copy)
     changed = {path.name for path in before if path.is_file() and before[path] != after[path]}
     assert changed <= {"results.json", "report.html", "report.md", *(p.name for p in (copy / "figures").iterdir())}
@@ -287,7 +286,9 @@ def test_the_folder_of_another_job_is_refused_and_left_alone(whole, change, name
 
 def test_other_settings_of_the_same_profile_are_refused(whole, run_nano, monkeypatch):
     longer = TrainSettings.from_dict({**NANO.text.train.to_dict(), "steps": 7})
-    monkeypatch.setitem(PROFILES, "nano", Profile(text=TextPlan(**{**vars(NANO.text), "train": longer}), recall=NANO.recall))
+    monkeypatch.setitem(
+        PROFILES, "nano", Profile(text=TextPlan(**{**vars(NANO.text), "train": longer}), recall=NANO.recall)
+    )
     with pytest.raises(CheckpointError, match="was made with another settings"):
         run_nano(whole[0])
 
@@ -308,6 +309,12 @@ def test_a_foreign_data_folder_is_refused_and_left_alone(run_nano, tmp_path):
     with pytest.raises(BMojoError, match="holds other things than a token store"):
         run_nano(tmp_path)
     assert content(tmp_path) == before
+
+
+def test_what_a_kill_while_reading_leaves_is_no_hindrance(run_nano, tmp_path):
+    (tmp_path / ".data.half").mkdir()
+    run_nano(tmp_path, models=("swa",), suites=("recall",))
+    assert (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize(("damaged", "advice"), [("job.json", "another --name"), ("text/swa/entry.json", "delete it")])
@@ -352,7 +359,7 @@ def test_a_disk_that_fills_up_while_reporting_costs_nothing(whole, copy, run_nan
         with pytest.raises(BMojoError, match=r"can't write .*report\.md: No space left on device; .* stays valid"):
             run_nano(copy)
     assert outcome(copy) == outcome(whole[0])
-    assert run_nano(copy).steps == dict.fromkeys(whole[1].steps, [])
+    assert not any(run_nano(copy).steps.values())
     assert (copy / "report.html").exists()
 
 

@@ -28,7 +28,9 @@ def test_the_seven_models_have_equal_parameters(profile, suite):
 @pytest.mark.parametrize(("profile", "suite"), SUITES)
 def test_the_models_differ_in_their_memories_alone(profile, suite):
     configs = configs_of(profile, suite)
-    shapes = {(config.vocab_size, config.hidden_size, config.num_layers, config.num_heads) for config in configs.values()}
+    shapes = {
+        (config.vocab_size, config.hidden_size, config.num_layers, config.num_heads) for config in configs.values()
+    }
     windows = {configs[name].window for name in ("swa", "hybrid", "bmojo_f", "bmojo")}
     assert len(shapes) == len(windows) == 1
     assert {configs[name].window for name in ("transformer", "mamba2", "gdn")} == {None}

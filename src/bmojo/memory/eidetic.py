@@ -61,8 +61,6 @@ def select_chunked(
             where = where.masked_fill(resets[:, c, None], -1)
         sets.append(index)
         positions.append(where)
-        if not layout.whole and not bool(complete[:, c].any()):
-            continue
         part = slice(c * chunk, (c + 1) * chunk)
         new = torch.arange(first + part.start, first + part.stop, device=score.device).expand(batch, -1)
         pairs = ((score[:, part], best), (now[:, part], where), (new, index))
