@@ -69,7 +69,7 @@ def main() -> int:
 def measure_training(model: BMojoLM, rounds: int) -> dict[str, Any]:
     """Seconds of loss and gradients at each length."""
     tokens = torch.randint(model.config.vocab_size, (1, LENGTHS[-1] + 1), generator=torch.Generator().manual_seed(0))
-    seconds = []
+    seconds: list[list[float]] = []
     for _ in range(rounds + 1):  # the first one warms up
         seconds.append([])
         for length in LENGTHS:

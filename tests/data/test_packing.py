@@ -22,7 +22,8 @@ class Store:
 
 
 def epoch_of(rows, epoch):
-    return [rows[epoch * rows.rows_per_epoch + i] for i in range(rows.rows_per_epoch)]
+    """The rows of an epoch in the order of its stream."""
+    return [rows[epoch * rows.rows_per_epoch + int(i)] for i in np.argsort(rows._epoch(epoch)[2])]
 
 
 packings = {
@@ -85,6 +86,13 @@ def test_epochs_and_seeds_shuffle_differently():
     ]
     assert len(set(streams)) == 3
     assert len({frozenset(stream) for stream in streams}) == 1
+
+
+def test_neighbours_in_the_stream_are_not_neighbours_in_training():
+    rows = PackedRows(Store([400]), 4, 0)
+    first = [int(rows[i]["tokens"][0]) for i in range(100)]
+    assert sorted(first) == list(range(0, 400, 4))
+    assert np.mean(np.abs(np.diff(first)) == 4) < 0.1
 
 
 def test_the_order_never_changes():

@@ -557,7 +557,7 @@ def _recall_picture(results: dict[str, Any]) -> Picture | None:
         return None
     beyond = {entry["length"] for entry in entries if entry["where"] == "beyond the training length"}
     lengths = sorted({entry["length"] for entry in entries})
-    window = results.get("settings", {}).get("window")
+    window = results.get("settings", {}).get("recall_window")
     figure, axes = _figure(len(lengths), share_y=True)
     for axis, length in zip(axes, lengths, strict=True):
         here = [entry for entry in entries if entry["length"] == length]

@@ -14,18 +14,19 @@ IGNORED_LABEL = -100
 
 
 class PackedRows:
-    """Rows of `seq_len` tokens, cut from all documents laid end to end in an order drawn anew for each epoch.
+    """Rows of `seq_len` tokens, cut from all documents laid end to end, in an order drawn anew for each epoch.
 
-    Epoch e is a stream of store.num_tokens tokens; its row r is
+    Epoch e is a stream of store.num_tokens tokens; its piece r is the row
 
         tokens        stream[r * seq_len : (r + 1) * seq_len]
         labels        the stream one token later; -100 where that token is of another document, or the stream ends
         document_ids  0 for the row's first document, 1 for the next, and so on
 
-    each int64 [seq_len]. `rows[i]` is row i % rows_per_epoch of epoch i // rows_per_epoch, for any i >= 0: the store,
-    seq_len, seed and i decide it alone, so a run that resumes at row i goes on exactly. The tokens that don't fill a
-    last row are left out of that epoch. Cost: O(log documents) and the copy; 16 bytes a document for each of the two
-    epochs kept.
+    each int64 [seq_len]. The pieces come in an order drawn for the epoch, too: neighbours in a document would make a
+    batch of much the same text. `rows[i]` is number i % rows_per_epoch in the order of epoch i // rows_per_epoch, for
+    any i >= 0: the store, seq_len, seed and i decide it alone, so a run that resumes at row i goes on exactly. The
+    tokens that don't fill a last row are left out of that epoch. Cost: O(log documents) and the copy; 16 bytes a
+    document and 8 a row for each of the two epochs kept.
     Raises DataError if the store is shorter than a row, or the seed is negative.
     """
 
@@ -41,14 +42,14 @@ class PackedRows:
         self.seq_len = seq_len
         self.seed = seed
         self.rows_per_epoch = store.num_tokens // seq_len
-        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = {}
 
     def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
         if index < 0:
             raise IndexError(f"row {index}: rows are counted from 0")
         epoch, row = divmod(index, self.rows_per_epoch)
-        order, ends = self._epoch(epoch)
-        begin = row * self.seq_len
+        order, ends, pieces_order = self._epoch(epoch)
+        begin = int(pieces_order[row]) * self.seq_len
         end = min(begin + self.seq_len + 1, self.store.num_tokens)
         first, last = np.searchsorted(ends, [begin, end - 1], side="right")
         pieces = []
@@ -61,13 +62,14 @@ class PackedRows:
         labels[: len(stream) - 1] = np.where(ids[1:] == ids[:-1], stream[1:], IGNORED_LABEL)
         return {"tokens": stream[: self.seq_len], "labels": labels, "document_ids": ids[: self.seq_len]}
 
-    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The order of the documents, and where each one ends in the stream."""
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The order of the documents, where each one ends in the stream, and the order of the pieces."""
         if epoch not in self._epochs:
             order = _shuffled(len(self.store), self.seed, epoch)
             if len(self._epochs) > 1:
                 self._epochs.pop(next(iter(self._epochs)))
-            self._epochs[epoch] = order, np.cumsum(self.store.lengths[order])
+            pieces = _shuffled(self.rows_per_epoch, self.seed, epoch, 1)
+            self._epochs[epoch] = order, np.cumsum(self.store.lengths[order]), pieces
         return self._epochs[epoch]
 
 
