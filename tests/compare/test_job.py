@@ -386,3 +386,15 @@ def test_a_sample_shows_what_the_eidetic_memory_kept(whole):
         assert layer["kept"] == sorted(set(layer["kept"]))
     model = BMojoLM.load(folder / "text/bmojo/model").eval()
     assert memory_sample(model, data, load_tokenizer("bytes")) == sample
+
+
+def test_a_run_goes_on_with_the_text_that_it_began_with(text, tmp_path):
+    mine = tmp_path / "text"
+    shutil.copytree(text, mine)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(tmp_path / "run", str(mine), Notes(("text/bmojo", 3), interrupt), suites=("text",))
+    before = TextData(tmp_path / "run" / "data").corpus_record()
+    (mine / "0.txt").write_text("something else altogether\n" * 50)
+    with pytest.warns(UserWarning, match="has changed; this run goes on with the text that it began with"):
+        run_job(tmp_path / "run", str(mine), suites=("text",))
+    assert read_results(tmp_path / "run" / "results.json")["corpus"] == before

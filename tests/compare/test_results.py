@@ -133,5 +133,7 @@ def test_an_unreadable_file_is_refused(tmp_path, content):
 
 def test_a_missing_package_names_its_extra(results, monkeypatch):
     monkeypatch.setitem(sys.modules, "jsonschema", None)
-    with pytest.raises(MissingPackageError, match=r"jsonschema is missing; install it: pip install 'bmojo\[train\]'"):
+    with pytest.raises(
+        MissingPackageError, match=r"checking results needs the package jsonschema: pip install 'bmojo\[train\]'"
+    ):
         validate(results)

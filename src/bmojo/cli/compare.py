@@ -104,5 +104,5 @@ def _headline(entry: dict[str, Any]) -> str:
     scores, speed = entry["eval"], f"{entry['train']['tokens_per_second']:,.0f} tokens/s"
     if entry["suite"] == "text":
         return f"{scores['bits_per_byte']:.3f} bits per byte, {speed}"
-    beyond = [row["accuracy"] for row in scores["recall"] if row["where"] == "beyond the window"]
-    return f"recall beyond the window {sum(beyond) / len(beyond):.2f}, {speed}"
+    rows = (f"{row['accuracy']:.2f} at {row['distance']}" for row in scores["recall"])
+    return f"recall {', '.join(rows)}, {speed}"

@@ -8,7 +8,6 @@ OUT/model/          the trained model                  OUT/train.json, OUT/tenso
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,15 +19,14 @@ from bmojo import presets
 from bmojo.cli.options import Errors, Model, Seed, Settings, Size, Text, Threads, parse_settings, use_threads
 from bmojo.data import (
     PackedRows,
-    TextData,
     Tokenizer,
     load_tokenizer,
     prepare,
     read_documents,
+    reopen,
     require_length,
     train_bpe,
 )
-from bmojo.data.documents import fingerprint
 from bmojo.errors import CheckpointError, ConfigError, DataError
 from bmojo.files import write_whole
 
@@ -77,9 +75,7 @@ def train(
     identity["config"] = config.to_dict()
     if begun is not None:
         require_same_run(begun, identity, out)
-        data = TextData(out / "data")
-        if data.meta["settings"]["fingerprint"] != fingerprint(text):
-            warnings.warn(f"{text} has changed; this run goes on with the text that it began with", stacklevel=2)
+        data = reopen(text, out / "data")
     else:
         data = prepare(text, codec, out / "data", held_out=held_out, seed=seed, errors=errors)
         require_length(data, seq_len)

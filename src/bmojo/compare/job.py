@@ -32,7 +32,7 @@ from bmojo.compare.profiles import CONTEXTS, RecallPlan, TextPlan, get_profile
 from bmojo.compare.report import write_report
 from bmojo.compare.results import write_results
 from bmojo.config import ModelConfig
-from bmojo.data import PackedRows, TextData, Tokenizer, prepare, require_length, single_document_windows
+from bmojo.data import PackedRows, TextData, Tokenizer, prepare, reopen, require_length, single_document_windows
 from bmojo.errors import BMojoError, CheckpointError, ConfigError, nearest
 from bmojo.eval import by_position, decode_cost, recall, score_documents
 from bmojo.files import write_whole
@@ -108,7 +108,11 @@ def run(job: Job, tokenizer: Tokenizer, watcher: Watcher) -> dict[str, Any]:
         data = None
         if "text" in plans:
             watcher.stage("reading the text")
-            data = prepare(job.text, tokenizer, job.folder / "data", seed=job.seed, errors=job.errors)
+            folder = job.folder / "data"
+            if begun:
+                data = reopen(job.text, folder)
+            else:
+                data = prepare(job.text, tokenizer, folder, seed=job.seed, errors=job.errors)
             require_length(data, plans["text"].train.seq_len)
         if not begun:  # only now, so that text that can't be used leaves the folder free
             write_whole(job.folder / "job.json", (json.dumps(identity, indent=1) + "\n").encode())

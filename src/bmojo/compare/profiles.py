@@ -81,7 +81,7 @@ PROFILES: dict[str, Profile] = {
     "quick": Profile(
         text=TextPlan(
             size="tiny",
-            train=TrainSettings(steps=240, batch_size=8, seq_len=512, checkpoint_every=60),
+            train=TrainSettings(steps=240, batch_size=8, seq_len=512, learning_rate=6e-3, checkpoint_every=60),
             eval_bytes=2**17,
             position_documents=8,
         ),

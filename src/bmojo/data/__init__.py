@@ -6,7 +6,7 @@ row = PackedRows(data.train, seq_len=512, seed=0)[0]
 
 from bmojo.data.documents import Document, read_documents
 from bmojo.data.packing import IGNORED_LABEL, PackedRows, single_document_windows
-from bmojo.data.store import TextData, TokenStore, prepare, require_length
+from bmojo.data.store import TextData, TokenStore, prepare, reopen, require_length
 from bmojo.data.tokenizers import (
     ByteTokenizer,
     FileTokenizer,
@@ -30,6 +30,7 @@ __all__ = [
     "load_tokenizer",
     "prepare",
     "read_documents",
+    "reopen",
     "require_length",
     "single_document_windows",
     "token_dtype",

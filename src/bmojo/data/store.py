@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import warnings
 from array import array
 from collections.abc import Iterable
 from pathlib import Path
@@ -174,6 +175,18 @@ def prepare(
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
     return TextData(folder)
+
+
+def reopen(source: str, folder: Path) -> TextData:
+    """The store that a run began with; a warning if `source` is no longer what it was made of."""
+    data = TextData(folder)
+    try:
+        same = data.meta["settings"]["fingerprint"] == fingerprint(source)
+    except DataError:
+        same = False
+    if not same:
+        warnings.warn(f"{source} has changed; this run goes on with the text that it began with", stacklevel=2)
+    return data
 
 
 def require_length(data: TextData, tokens: int) -> None:
