@@ -72,11 +72,11 @@ class ModelConfig:
     eidetic_slots: int = 0
     innovation: str = "rls"
     innovation_dim: int = 32  # rls works on a fixed random projection of the input to this many dimensions
-    innovation_forgetting: float = 0.995  # of rls and ema, per token
+    innovation_forgetting: float = 0.999  # of rls and ema, per token
     head_loss_weight: float = 0.1  # of the auxiliary loss that trains the "head" predictor
     eidetic_threshold: float = 0.0  # a token with a lower score is not admitted
     eidetic_decay: float = 1.0  # of scores, per token of age
-    positions: str = "true"
+    positions: str = "compact"  # of eidetic keys: bounded distances, or "true"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", tuple(self.pattern))

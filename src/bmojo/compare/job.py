@@ -250,7 +250,7 @@ def _entry(
         assert data is not None
         rows = PackedRows(data.train, plan.train.seq_len, plan.train.seed).__getitem__
     else:
-        rows = _mqar_rows(plan)
+        rows = mqar_rows(plan)
     record = train(model, rows, plan.train, folder, on_step=watcher.step)
     model.eval()
     entry: dict[str, Any] = {"name": f"{suite}/{name}", "suite": suite, "preset": name, **_trained(model, record)}
@@ -263,7 +263,7 @@ def _entry(
             entry["memory_sample"] = memory_sample(model, data, tokenizer)
     else:
         watcher.stage("scoring recall")
-        entry["eval"] = empty | {"recall": _score_recall(model, plan)}
+        entry["eval"] = empty | {"recall": score_recall(model, plan)}
     watcher.stage("timing decoding")
     entry["decode"] = decode_cost(model, CONTEXTS)
     entry["configuration"] = config.to_dict()
@@ -299,7 +299,7 @@ def _score_text(model: BMojoLM, plan: TextPlan, data: TextData) -> dict[str, Any
     return {"bits_per_byte": score.bits_per_byte, "bits_per_byte_ci95": list(score.ci95), "by_position": positions}
 
 
-def _score_recall(model: BMojoLM, plan: RecallPlan) -> list[dict[str, Any]]:
+def score_recall(model: BMojoLM, plan: RecallPlan) -> list[dict[str, Any]]:
     window, length = plan.changes["window"], plan.train.seq_len
     scores = []
     for task, distance in plan.distances(window):
@@ -309,7 +309,7 @@ def _score_recall(model: BMojoLM, plan: RecallPlan) -> list[dict[str, Any]]:
     return scores
 
 
-def _mqar_rows(plan: RecallPlan) -> Callable[[int], dict[str, np.ndarray]]:
+def mqar_rows(plan: RecallPlan) -> Callable[[int], dict[str, np.ndarray]]:
     """Training row i of the recall suite. A batch is drawn as a whole, so the newest one is kept."""
     tasks = [plan.task(plan.few), *3 * [plan.task(plan.pairs)]]
     newest: dict[int, dict[str, np.ndarray]] = {}
