@@ -119,7 +119,8 @@ def rls(config, k: Array) -> Array:
     g, chunk, scores = config.innovation_forgetting, config.chunk_size, []
     for t in range(len(k)):
         start = t - t % chunk
-        precision = RIDGE * np.eye(k.shape[1])
+        trace = sum(g ** (start - 1 - j) * k[j] @ k[j] for j in range(start))
+        precision = (RIDGE + trace / 1e5) * np.eye(k.shape[1])
         for j in range(t):
             precision += (g ** (start - j) if j < start else 1.0) * np.outer(k[j], k[j])
         leverage = k[t] @ np.linalg.inv(precision) @ k[t]

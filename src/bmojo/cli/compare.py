@@ -96,7 +96,9 @@ class Bars:
         self.progress.update(self.job, completed=self.finished)
         self.progress.remove_task(self.line)
         self.line = None
-        self.console.print(f"[green]finished[/] {entry['name']:<20} {_headline(entry)}", highlight=False)
+        self.console.print(
+            f"[green]finished[/] {entry['name']:<20} {_headline(entry)}", highlight=False, soft_wrap=True
+        )
 
 
 def _headline(entry: dict[str, Any]) -> str:

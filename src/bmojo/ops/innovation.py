@@ -8,7 +8,8 @@ the Kalman leverage, the share of the innovation's variance that the past does n
 
     s_t = k_t^T M^-1 k_t / (1 + k_t^T M^-1 k_t)        in [0, 1)
 
-(rho bounds M^-1, so directions that are never excited can't wind up.) Inside a chunk all scores come from one Cholesky
+(rho = 0.1 + tr(A) / 1e5 bounds M^-1, so directions that are never excited can't wind up, and the condition of M, so
+that float32 can factor it however long the stream.) Inside a chunk all scores come from one Cholesky
 factor: with G = K M^-1 K^T and L L^T = I + G, the variance of token t given those before it is L_tt^2, so
 s_t = 1 - 1 / L_tt^2.
 
@@ -27,13 +28,20 @@ from bmojo.ops.dispatch import dispatched
 from bmojo.ops.numerics import at_least_float32
 from bmojo.ops.ssd import ssd, ssd_step
 
-RLS_RIDGE = 0.1  # rho: the prior precision of every direction
+RLS_RIDGE = 0.1  # the prior precision of every direction, and
+RLS_CONDITION = 1e5  # the largest condition number of M at the start of a chunk: float32 can factor it
 
 
 def rls_start(batch: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """A and M [batch, dim, dim] before any token."""
     A = torch.zeros(batch, dim, dim, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    return A, A + RLS_RIDGE * torch.eye(dim, dtype=A.dtype, device=A.device)
+    return A, _prior(A, 1.0)
+
+
+def _prior(A: Tensor, forgetting: float) -> Tensor:
+    """M = g A + rho I [batch, dim, dim]."""
+    rho = RLS_RIDGE + A.diagonal(dim1=-2, dim2=-1).sum(-1) / RLS_CONDITION
+    return forgetting * A + torch.diag_embed(rho[:, None].expand(-1, A.shape[-1]))
 
 
 def rls_step(
@@ -44,8 +52,7 @@ def rls_step(
     leverage = (k * torch.cholesky_solve(k[..., None], torch.linalg.cholesky(M)).squeeze(-1)).sum(-1)
     outer = k[..., :, None] * k[..., None, :]
     A = forgetting * A + outer
-    prior = forgetting * A + RLS_RIDGE * torch.eye(k.shape[-1], dtype=A.dtype, device=A.device)
-    return leverage / (1 + leverage), A, torch.where(ends_chunk[:, None, None], prior, M + outer)
+    return leverage / (1 + leverage), A, torch.where(ends_chunk[:, None, None], _prior(A, forgetting), M + outer)
 
 
 def rls_naive(
@@ -79,15 +86,15 @@ def rls_chunked(
     within = faded.mT @ K  # [batch, chunks, dim, dim]
     plain = K.mT @ K
     shrink = (alive.sum(-1).to(k.dtype) * math.log(forgetting)).exp()
-    ridge = RLS_RIDGE * torch.eye(dim, dtype=k.dtype, device=k.device)
+    start_A, start_M = rls_start(batch, dim, k)
     priors = []
     for c in range(K.shape[1]):
         if resets is not None:
             fresh = resets[:, c, None, None]
-            A, M = A.masked_fill(fresh, 0), torch.where(fresh, ridge, M)
+            A, M = torch.where(fresh, start_A, A), torch.where(fresh, start_M, M)
         priors.append(M)
         A = shrink[:, c, None, None] * A + within[:, c]
-        M = torch.where(alive[:, c, -1, None, None], forgetting * A + ridge, M + plain[:, c])
+        M = torch.where(alive[:, c, -1, None, None], _prior(A, forgetting), M + plain[:, c])
     factor = torch.linalg.cholesky(torch.stack(priors, 1))
     whitened = torch.linalg.solve_triangular(factor, K.mT, upper=False)
     gram = whitened.mT @ whitened + torch.eye(chunk_size, dtype=k.dtype, device=k.device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import re
 import sys
 from pathlib import Path
@@ -11,7 +13,10 @@ import torch
 
 
 def reset_peak_memory() -> None:
-    """Forget earlier peaks, where the system can."""
+    """Forget earlier peaks, and give back what earlier models left to the system, where it can be done."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # of the GNU C library
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
