@@ -20,7 +20,7 @@ from bmojo.train import TrainSettings
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-SMALL = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "num_layers": 1, "ssm_head_dim": 16,
+SMALL = {"hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "num_layers": 2, "ssm_head_dim": 16,
          "window": 16, "chunk_size": 8}  # fmt: skip
 SETTINGS = {"steps": 2, "batch_size": 2, "checkpoint_every": 2}
 SHORT = Profile(  # of the quick profile, so that its commands end within seconds

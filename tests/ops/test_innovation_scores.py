@@ -45,7 +45,8 @@ def test_rls_scores_what_is_new_above_what_was_seen():
     scores = ops.rls_chunked(
         k, torch.ones(1, 8, dtype=torch.bool), *ops.rls_start(1, DIM, k), chunk_size=CHUNK, forgetting=0.99
     )[0][0]
-    assert scores[0] == scores[5] > 0.9  # a direction never seen, whenever it comes
+    assert scores[0] > 0.9
+    close(scores[5], scores[0], 1e-4)  # a direction never seen, whenever it comes; rho grows by tr(A) / 1e5
     assert (scores[1:5].diff() < 0).all()
     assert scores[7] < scores[5]
 
