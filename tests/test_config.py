@@ -105,3 +105,23 @@ def test_replace_lets_derived_sizes_follow():
 def test_nearest_name():
     assert nearest("widnow", ["window", "chunk"]) == "did you mean 'window'? known: chunk, window"
     assert nearest("xyz", ["window", "chunk"]) == "known: chunk, window"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pattern": "bmojo"}, "pattern must be a list"),
+        ({"tie_embeddings": "no"}, "tie_embeddings must be true or false, got 'no'"),
+        ({"rope_theta": "x"}, "rope_theta must be a number, got 'x'"),
+    ],
+)
+def test_values_of_another_type_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**fields)
+
+
+def test_unused_settings_are_named():
+    assert "innovation" in ModelConfig(pattern=("attention",)).unused
+    assert "ssm_state_size" in ModelConfig(pattern=("attention",)).unused
+    assert "window" in ModelConfig(pattern=("ssm",)).unused
+    assert ModelConfig(pattern=("bmojo",), fading_span=64, eidetic_slots=8).unused == set()

@@ -35,7 +35,8 @@ class ModelConfig:
     - `"bmojo"` reads window, fading tokens and eidetic slots in one softmax.
 
     Sizes are in tokens. `window`, `fading_span` and the eidetic refresh are counted in whole chunks of `chunk_size`.
-    Raises ConfigError for a value out of range or a setting that no layer of the pattern uses.
+    Raises ConfigError for a value out of range, and for a fading span or eidetic slots that no layer of the pattern
+    has. `unused` names the settings that the pattern has no use for.
     """
 
     vocab_size: int = 256
@@ -79,7 +80,18 @@ class ModelConfig:
     positions: str = "compact"  # of eidetic keys: bounded distances, or "true"
 
     def __post_init__(self) -> None:
+        if isinstance(self.pattern, str):
+            raise ConfigError(f"pattern must be a list of layer kinds, got {self.pattern!r}; use [{self.pattern!r}]")
         object.__setattr__(self, "pattern", tuple(self.pattern))
+        for name in ("tie_embeddings", "qk_norm", "tie_sources"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in ("norm_eps", "rope_theta", "innovation_forgetting", "head_loss_weight", "eidetic_threshold",
+                     "eidetic_decay", "initializer_range"):  # fmt: skip
+            value = getattr(self, name)
+            optional = name == "initializer_range" and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ConfigError(f"{name} must be a number, got {value!r}")
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "chunk_size",
@@ -175,6 +187,23 @@ class ModelConfig:
         eidetic = kind == "bmojo" and self.eidetic_slots > 0
         reads_ssm = eidetic and self.innovation in ("state", "head")
         return Parts(kind == "ssm" or fading or reads_ssm, kind != "ssm", fading, eidetic)
+
+    @property
+    def unused(self) -> set[str]:
+        """The settings that no layer of the pattern reads."""
+        has = [self.parts(kind) for kind in self.pattern]
+        names = {field.name for field in dataclasses.fields(self)}
+        idle = set()
+        if not any(part.ssm for part in has):
+            idle |= {name for name in names if name.startswith("ssm")}
+        if not any(part.attention for part in has):
+            idle |= {"num_heads", "num_kv_heads", "head_dim", "window", "qk_norm", "rope_theta", "conv_size"}
+        if not any(part.fading for part in has):
+            idle |= {"fading", "tie_sources"}
+        if not any(part.eidetic for part in has):
+            idle |= {name for name in names if name.startswith(("innovation", "eidetic_"))} - {"eidetic_slots"}
+            idle |= {"positions", "head_loss_weight"}
+        return idle
 
     # derived sizes
     @property

@@ -91,7 +91,7 @@ def gdn(size: str = "tiny", **changes: Any) -> ModelConfig:
     fields = _size(size, pattern=["ssm"], ssm="gdn", window=None)
     hidden = changes.get("hidden_size", fields["hidden_size"])
     head_dim = changes.get("ssm_head_dim", fields["ssm_head_dim"])
-    fields["ssm_groups"] = changes.get("ssm_expand", 1) * hidden // head_dim  # a key for every head
+    fields["ssm_groups"] = max(1, changes.get("ssm_expand", 1) * hidden // max(1, head_dim))  # a key for every head
     return _build(size, fields, changes)
 
 
@@ -103,14 +103,14 @@ def hybrid(size: str = "tiny", **changes: Any) -> ModelConfig:
 def bmojo_f(size: str = "tiny", **changes: Any) -> ModelConfig:
     """Window and fading memory in one softmax: the authors' B'MOJO-F."""
     fields = _size(size, pattern=["bmojo"], ssm="ssd")
-    fields["fading_span"] = changes.get("window", fields["window"])
+    fields["fading_span"] = _same_span(fields, changes)
     return _build(size, fields, changes)
 
 
 def bmojo(size: str = "tiny", **changes: Any) -> ModelConfig:
     """Window, fading and eidetic memory in one softmax: full B'MOJO."""
     fields = _size(size, pattern=["bmojo"], ssm="ssd", conv_size=4)
-    fields["fading_span"] = changes.get("window", fields["window"])
+    fields["fading_span"] = _same_span(fields, changes)
     fields["eidetic_slots"] = SIZES[size]["eidetic_slots"]
     return _build(size, fields, changes)
 
@@ -127,10 +127,16 @@ def get(name: str, size: str = "tiny", **changes: Any) -> ModelConfig:
     return PRESETS[name](size, **changes)
 
 
+def _same_span(fields: dict[str, Any], changes: dict[str, Any]) -> int:
+    """A fading span as long as the window, as in the authors' B'MOJO-F."""
+    return changes.get("window", fields["window"]) or 0
+
+
 def matched(name: str, size: str = "tiny", **changes: Any) -> ModelConfig:
     """A preset to be compared with others at equal parameters: the depth and the parameters of the Transformer of that
     size with these changes. `mamba2` then has an MLP at every size, and a change of the window is left out where it
     would make another model of the preset."""
+    _size(size)
     depth = changes.setdefault("num_layers", SIZES[size]["num_layers"])
     width = changes.pop("intermediate_size", SIZES[size]["intermediate_size"])
     window = changes.pop("window", None)

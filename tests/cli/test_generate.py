@@ -40,7 +40,7 @@ def shown(text):
     return text.replace("\ufffd", "")
 
 
-def test_refuses(run_folder, refused, tmp_path, bmojo):
+def test_refuses(run_folder, refused, tmp_path):
     assert "give --prompt, --prompt-file or --resume-state" in refused("generate", run_folder)
     assert "give one" in refused("generate", run_folder, "--prompt", "a", "--prompt-file", "b")
     assert "missing.txt: No such file" in refused("generate", run_folder, "--prompt-file", tmp_path / "missing.txt")
@@ -52,8 +52,15 @@ def test_refuses(run_folder, refused, tmp_path, bmojo):
     assert "can't be read as a memory state" in refused("generate", run_folder, "--resume-state", tmp_path / "junk")
     BMojoLM(BMojoLM.load(run_folder / "model").config.replace(eidetic_slots=3)).empty_state().save(tmp_path / "other")
     assert "belongs to another model" in refused("generate", run_folder, "--resume-state", tmp_path / "other")
-    code, _, err = bmojo(
-        "generate", run_folder, "--prompt", "a", "--max-new-tokens", 1, "--state", tmp_path / "junk/state"
+    assert "can't write --state" in refused("generate", run_folder, "--prompt", "a", "--state", tmp_path / "junk/state")
+    assert "--state takes a file, got the folder" in refused(
+        "generate", run_folder, "--prompt", "a", "--state", tmp_path
     )
-    assert (code, err.count("\n")) == (2, 1)
-    assert "can't write" in err
+
+
+def test_a_state_without_a_token_is_that_of_the_prompt(run_folder, bmojo, refused, tmp_path):
+    state, more = tmp_path / "new/state", ["--temperature", 0, "--max-new-tokens"]
+    whole = bmojo("generate", run_folder, "--prompt", "Document", *more, 10)[1]
+    assert bmojo("generate", run_folder, "--prompt", "Docu", *more, 0, "--state", state) == (0, "", "")
+    assert "has read all of its text: give --prompt" in refused("generate", run_folder, "--resume-state", state)
+    assert bmojo("generate", run_folder, "--resume-state", state, "--prompt", "ment", *more, 10)[1] == whole

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 
 import pytest
 
@@ -72,6 +73,30 @@ def test_a_foreign_folder_is_refused(arguments, tmp_path, corpus, refused):
     assert "holds other things than a run" in refused(*arguments(tmp_path, corpus))
     assert "is a file; choose a new folder" in refused(*arguments(tmp_path / "thesis.tex", corpus))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["model", "checkpoints", "tensorboard", "train.json"])
+def test_what_another_program_left_is_not_overwritten(arguments, tmp_path, corpus, refused, name):
+    (tmp_path / name).mkdir()
+    assert f"{name}, but no run.json; choose a new folder" in refused(*arguments(tmp_path, corpus))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_tokenizer_that_a_failed_run_left_does_no_harm(arguments, tmp_path, corpus, refused, bmojo):
+    out, text = tmp_path / "run", tmp_path / "text.txt"
+    text.write_text("short\nshort\n")
+    assert "shorter than a window" in refused(*arguments(out, text, "--tokenizer", "bpe:258"))
+    assert (out / "tokenizer.json").exists()
+    assert bmojo(*arguments(out, corpus))[0] == 0
+    assert not (out / "tokenizer.json").exists()
+
+
+def test_a_begun_run_without_its_text_is_refused(arguments, tmp_path, run_folder, corpus, refused):
+    shutil.copytree(run_folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/data")
+    line = refused(*arguments(tmp_path / "run", corpus))
+    assert "can't go on without the text that it began with; use another folder" in line
+    assert not (tmp_path / "run/data").exists()
 
 
 def test_text_that_cannot_be_used_is_refused(arguments, tmp_path, refused, bmojo):

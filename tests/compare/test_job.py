@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import json
 import os
@@ -285,7 +286,7 @@ def test_the_folder_of_another_job_is_refused_and_left_alone(whole, change, name
 
 
 def test_other_settings_of_the_same_profile_are_refused(whole, run_nano, monkeypatch):
-    longer = TrainSettings.from_dict({**NANO.text.train.to_dict(), "steps": 7})
+    longer = dataclasses.replace(NANO.text.train, steps=7)
     monkeypatch.setitem(
         PROFILES, "nano", Profile(text=TextPlan(**{**vars(NANO.text), "train": longer}), recall=NANO.recall)
     )

@@ -13,9 +13,9 @@ import pytest
 from bmojo.data import documents as documents_module
 from bmojo.data import store as store_module
 from bmojo.data.documents import Document
-from bmojo.data.store import TextData, prepare, require_length
+from bmojo.data.store import TextData, prepare, reopen, require_length
 from bmojo.data.tokenizers import ByteTokenizer, train_bpe
-from bmojo.errors import DataError
+from bmojo.errors import CheckpointError, DataError
 
 BYTES = ByteTokenizer()
 
@@ -258,6 +258,18 @@ def test_a_damaged_store_is_refused(tmp_path, corpus):
 def test_held_out_is_a_fraction(tmp_path, corpus, held_out):
     with pytest.raises(DataError, match="between 0 and 1"):
         prepare(corpus, BYTES, tmp_path / "store", held_out=held_out)
+
+
+def test_a_store_that_a_run_began_with_must_be_whole(tmp_path, corpus):
+    prepare(corpus, BYTES, tmp_path / "store")
+    assert len(reopen(corpus, tmp_path / "store").train)
+    (tmp_path / "store/train.bin").write_bytes(b"cut")
+    for _ in range(2):
+        with pytest.raises(
+            CheckpointError, match=r"store is gone or damaged \(.+ text that it began with; use another"
+        ):
+            reopen(corpus, tmp_path / "store")
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
 
 
 def test_require_length(tmp_path):

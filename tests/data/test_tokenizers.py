@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from bmojo.data.documents import Document
 from bmojo.data.tokenizers import ByteTokenizer, FileTokenizer, load_tokenizer, token_dtype, train_bpe
-from bmojo.errors import DataError
+from bmojo.errors import BMojoError, DataError
 
 WORDS = "the quick brown fox jumps over the lazy dog, naïve façade 東京 😀 " * 20
 DOCUMENTS = [Document("a", WORDS), Document("b", WORDS[::-1])]
@@ -107,7 +107,7 @@ def test_training_errors(tmp_path):
     with pytest.warns(UserWarning, match="the text gives only 258 tokens of the 1000"):
         train_bpe([Document("a", "aa aa")], 1000, tmp_path / "a.json")
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="can't write the tokenizer"):
+    with pytest.raises(BMojoError, match=r"can't write .*a\.json"):
         train_bpe(DOCUMENTS, 260, tmp_path / "file" / "a.json")
 
 

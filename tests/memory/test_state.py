@@ -12,7 +12,8 @@ from cases import draw_tokens, make_model, same_state, small_preset
 from safetensors.torch import load, save_file
 
 from bmojo.errors import BMojoError, StateError
-from bmojo.memory.state import FORMAT, VERBATIM, MemoryState
+from bmojo.memory.spec import layer_spec
+from bmojo.memory.state import FORMAT, MemoryState
 from bmojo.nn import count
 from bmojo.presets import PRESETS
 
@@ -51,9 +52,10 @@ def test_detach(model):
 
 def test_a_change_of_dtype_leaves_scores_and_recurrent_states_alone(state):
     half = state.to(dtype=torch.bfloat16)
-    for layer, before in zip(half.layers, state.layers, strict=True):
+    for kind, layer, before in zip(state.config.kinds, half.layers, state.layers, strict=True):
+        spec = layer_spec(state.config, kind)
         for name, tensor in layer.items():
-            assert tensor.dtype == (torch.bfloat16 if name in VERBATIM else before[name].dtype), name
+            assert tensor.dtype == (torch.bfloat16 if spec[name].kind == "verbatim" else before[name].dtype), name
     assert half.nbytes < state.nbytes
     assert state.to("cpu").layers[0]["k"].dtype == torch.float32
 
@@ -192,3 +194,8 @@ def test_damaged_contents_are_refused(tmp_path, state, damage):
     save_file(tensors, path, metadata)
     with pytest.raises(StateError):
         MemoryState.load(path, state.config)
+
+
+def test_select_takes_indices_alone(state):
+    with pytest.raises(StateError, match="rows must be indices"):
+        state.select(torch.ones(state.batch_size, dtype=torch.bool))

@@ -1,6 +1,8 @@
+import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import torch
 
 from bmojo import BMojoLM, presets
 from bmojo.errors import BMojoError, CheckpointError, MissingPackageError
-from bmojo.train import TrainSettings, train
+from bmojo.train import TrainSettings, hf, train
 from bmojo.train import checkpoints as checkpoints_module
 from bmojo.train.memory import peak_memory_bytes, reset_peak_memory
 
@@ -157,7 +159,7 @@ def test_a_finished_run_is_not_trained_again(whole):
 def test_a_folder_of_another_run_is_refused_and_left_alone(whole, tmp_path):
     folder, *_ = whole
     before = (folder / "train.json").read_bytes()
-    other = TrainSettings.from_dict({**SETTINGS.to_dict(), "learning_rate": 1e-4})
+    other = dataclasses.replace(SETTINGS, learning_rate=1e-4)
     with pytest.raises(CheckpointError, match=r"learning_rate=0\.003, this run has learning_rate=0\.0001"):
         train(new_model(), rows, other, folder)
     with pytest.raises(CheckpointError, match="eidetic_slots=4, this run has eidetic_slots=2"):
@@ -168,6 +170,72 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(whole, tmp_path):
     with pytest.raises(CheckpointError, match=r"checkpoint-5 was made with learning_rate=0\.003"):
         train(new_model(), rows, other, tmp_path, tensorboard=False)
     assert (tmp_path / "checkpoints" / "checkpoint-5" / "complete").exists()
+
+
+PARTS = ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "progress.npy"]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was stopped after its second checkpoint."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(KeyboardInterrupt):
+        train(new_model(), rows, SETTINGS, folder, on_step=stop_at(11, []), tensorboard=False)
+    return folder
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_damaged_checkpoint_is_refused(stopped, tmp_path, part, share):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "checkpoints/checkpoint-10"
+    content = (newest / part).read_bytes()
+    (newest / part).write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-10 is damaged \(.+\); delete it to go on from the one"
+    ) as got:
+        train(new_model(), rows, SETTINGS, tmp_path, tensorboard=False)
+    assert "\n" not in str(got.value)
+    assert newest.exists()
+
+
+def test_without_its_damaged_checkpoint_a_run_goes_on(whole, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints/checkpoint-10")
+    model = new_model()
+    train(model, rows, SETTINGS, tmp_path, tensorboard=False)
+    assert same_weights(model, whole[1])
+
+
+def test_an_error_of_the_rows_is_not_taken_for_damage(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+
+    def broken(i):
+        raise RuntimeError("no such row")
+
+    with pytest.raises(RuntimeError, match="no such row"):
+        train(new_model(), broken, SETTINGS, tmp_path, tensorboard=False)
+
+
+@pytest.mark.parametrize("content", [{}, {"settings": 3}, {"settings": ["steps"]}, {"settings": "steps"}])
+def test_a_foreign_record_is_refused(tmp_path, content):
+    with pytest.raises(CheckpointError, match=r"was made with steps=null, this run has steps=12"):
+        checkpoints_module.require_same_run(content, {"settings": SETTINGS.to_dict()}, tmp_path)
+
+
+def test_several_gpus_train_as_one(whole, tmp_path, monkeypatch):
+    arguments = hf.TrainingArguments
+
+    def of_two_gpus(**fields):
+        args = arguments(**fields)
+        args._n_gpu = 2
+        return args
+
+    monkeypatch.setattr(hf, "TrainingArguments", of_two_gpus)
+    monkeypatch.setattr(torch.nn.DataParallel, "__init__", None)  # what must not be used
+    model = new_model()
+    train(model, rows, SETTINGS, tmp_path, tensorboard=False)
+    assert same_weights(model, whole[1])
 
 
 def test_a_damaged_record_is_refused(tmp_path):

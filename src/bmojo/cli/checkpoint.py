@@ -11,11 +11,14 @@ from bmojo.errors import CheckpointError
 if TYPE_CHECKING:
     from bmojo.nn.model import BMojoLM
 
+LEVELS = 3  # runs/compare/NAME/tokenizer.json is that of runs/compare/NAME/text/PRESET/model
+
 
 def open_checkpoint(path: Path, tokenizer: str | None) -> tuple[BMojoLM, Tokenizer]:
     """The model, on the accelerator if there is one, and its tokenizer.
 
-    That is the one given, or tokenizer.json in the model's folder or the one above, or bytes if the vocabulary is 256.
+    That is the one given, or the nearest tokenizer.json of the model's vocabulary size in its folder or up to LEVELS
+    above it, or bytes if that size is 256.
     Raises CheckpointError if something is missing or doesn't fit.
     """
     import torch
@@ -28,20 +31,23 @@ def open_checkpoint(path: Path, tokenizer: str | None) -> tuple[BMojoLM, Tokeniz
         raise CheckpointError(f"training in {path} is not finished; run the same `bmojo train` again to go on")
     folder = path / "model" if (path / "model").is_dir() else path
     model = BMojoLM.load(folder, device="cuda" if torch.cuda.is_available() else "cpu").eval()
-    spec = tokenizer or _beside(folder, model.config.vocab_size)
-    found = load_tokenizer(spec)
-    if found.vocab_size > model.config.vocab_size:
-        raise CheckpointError(
-            f"tokenizer {spec} has {found.vocab_size} tokens, the model in {folder} {model.config.vocab_size}; "
-            "use the one that the model was trained with"
-        )
-    return model, found
+    vocab_size = model.config.vocab_size
+    specs = [tokenizer] if tokenizer else _beside(folder, vocab_size)
+    for spec in specs:
+        found = load_tokenizer(spec)
+        if found.vocab_size == vocab_size:
+            return model, found
+    raise CheckpointError(
+        f"tokenizer {specs[0]} has {load_tokenizer(specs[0]).vocab_size} tokens, the model in {folder} {vocab_size}; "
+        "name the one that the model was trained with: --tokenizer"
+    )
 
 
-def _beside(folder: Path, vocab_size: int) -> str:
-    for path in (folder / "tokenizer.json", folder.absolute().parent / "tokenizer.json"):
-        if path.is_file():
-            return str(path)
-    if vocab_size == 256:
-        return "bytes"
-    raise CheckpointError(f"no tokenizer.json beside {folder}; name the model's tokenizer with --tokenizer")
+def _beside(folder: Path, vocab_size: int) -> list[str]:
+    """The tokenizers that may be the model's, nearest first: at least one."""
+    folder = folder.absolute()
+    paths = [place / "tokenizer.json" for place in (folder, *folder.parents[:LEVELS])]
+    specs = [str(path) for path in paths if path.is_file()] + ["bytes"] * (vocab_size == 256)
+    if not specs:
+        raise CheckpointError(f"no tokenizer.json beside {folder}; name the model's tokenizer with --tokenizer")
+    return specs

@@ -26,7 +26,17 @@ def eval(
         ),
     ] = None,
     tokenizer: TokenizerSpec = None,
-    max_bytes: Annotated[int | None, typer.Option(help="Read at most so much, of at least 8 documents.")] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(
+            help="Score at most so many bytes, at most an eighth of them of one document; "
+            "all of the text is read all the same, and the scores by position are not bounded."
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Empty the state after every so many tokens of a document; never if left out."),
+    ] = None,
     seed: Seed = 0,
     threads: Threads = None,
     errors: Errors = "strict",
@@ -42,21 +52,24 @@ def eval(
         store = TextData(checkpoint / "data").eval
     else:
         raise DataError(f"{checkpoint} keeps no held-out text; name some with --text")
-    score = score_documents(model, store, max_bytes=max_bytes, seed=seed)
+    score = score_documents(model, store, max_bytes=max_bytes, context=context, seed=seed)
     positions = [2**i for i in range(FIRST_POSITION.bit_length() - 1, LAST_POSITION.bit_length())]
-    curve = by_position(
+    positions = [position for position in positions if position <= store.lengths.max()]
+    curve = positions and by_position(
         model,
         store,
-        positions=[position for position in positions if position <= store.lengths.max()],
+        positions=positions,
         documents=LONG_DOCUMENTS,
         bytes_per_token=float(store.bytes.sum() / store.lengths.sum()),
         seed=seed,
     )
     if as_json:
-        print(json.dumps({**asdict(score), "by_position": curve}))
+        print(json.dumps({**asdict(score), "context": context, "by_position": curve}))
         return
     low, high = score.ci95
     print(f"{score.bits_per_byte:.4f} bits per byte, 95 % interval {low:.4f} to {high:.4f}")
-    print(f"{score.documents:,} documents, {score.bytes:,} bytes")
+    carried = "over whole documents, the state carried (`bmojo compare` empties it at the training length)"
+    how = carried if context is None else f"the state emptied after every {context:,} tokens"
+    print(f"{score.documents:,} documents, {score.bytes:,} bytes; {how}")
     for position, bits in curve:
         print(f"up to token {position:>6,}: {bits:.4f} bits per byte")

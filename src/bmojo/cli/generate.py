@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ import typer
 
 from bmojo.cli.checkpoint import open_checkpoint
 from bmojo.cli.options import Checkpoint, Seed, Threads, TokenizerSpec, use_threads
-from bmojo.errors import ConfigError, DataError
+from bmojo.errors import BMojoError, ConfigError, DataError
 
 
 def generate(
@@ -31,11 +32,15 @@ def generate(
 
     if prompt and prompt_file is not None:
         raise ConfigError("--prompt and --prompt-file are two prompts; give one")
+    if state is not None:
+        _require_writable(state)
     use_threads(threads)
     model, codec = open_checkpoint(checkpoint, tokenizer)
     memory, ids = (None, []) if resume_state is None else load_stream_state(resume_state, model)
     ids += codec.encode(prompt if prompt_file is None else _read(prompt_file)).tolist()
     if not ids:
+        if resume_state is not None:
+            raise DataError(f"{resume_state} has read all of its text: give --prompt or --prompt-file to go on from")
         raise DataError("there is nothing to go on from: give --prompt, --prompt-file or --resume-state")
     stream = Stream(
         model,
@@ -53,6 +58,19 @@ def generate(
     print(decoder.flush(), end="\n" if sys.stdout.isatty() else "", flush=True)
     if state is not None:
         stream.save(state)
+
+
+def _require_writable(state: Path) -> None:
+    """Make the folder of --state, or say now, not after the last token, that it can't be written."""
+    if state.is_dir():
+        raise ConfigError(f"--state takes a file, got the folder {state}; for example {state / 'state.safetensors'}")
+    try:
+        state.parent.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(state.parent, os.W_OK | os.X_OK) else "permission denied"
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise BMojoError(f"can't write --state {state}: {reason}; choose a file in a folder of yours")
 
 
 def _read(path: Path) -> str:

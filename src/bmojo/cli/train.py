@@ -30,7 +30,7 @@ from bmojo.data import (
 from bmojo.errors import CheckpointError, ConfigError, DataError
 from bmojo.files import write_whole
 
-OWN = {"run.json", "tokenizer.json", "data", "model", "train.json", "tensorboard", "checkpoints"}
+LEFTOVERS = {"tokenizer.json", "data"}  # of a run that ended before it began, as its text could not be used
 
 
 def train(
@@ -40,7 +40,7 @@ def train(
     settings: Settings = None,
     text: Text = "stdlib",
     tokenizer: Annotated[
-        str, typer.Option(help="'bytes', 'bpe:SIZE' to train one on the text, or a .json file.")
+        str, typer.Option(help="'bytes', 'bpe:SIZE' to train one on all of the text, held out or not, or a .json file.")
     ] = "bytes",
     steps: Annotated[int, typer.Option(help="Training steps.")] = 500,
     batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 8,
@@ -79,6 +79,8 @@ def train(
     else:
         data = prepare(text, codec, out / "data", held_out=held_out, seed=seed, errors=errors)
         require_length(data, seq_len)
+        if tokenizer == "bytes":
+            (out / "tokenizer.json").unlink(missing_ok=True)  # a leftover would be taken for this model's
         write_whole(out / "run.json", (json.dumps(identity, indent=1) + "\n").encode())
 
     torch.manual_seed(seed)
@@ -107,9 +109,12 @@ def _begun(out: Path) -> dict[str, Any] | None:
         return read_json(out / "run.json")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; choose a new folder for --out")
-    others = {path.name for path in out.iterdir() if not path.name.startswith(".")} - OWN if out.exists() else None
-    if others or (out / "train.json").exists():
-        raise CheckpointError(f"{out} holds other things than a run of `bmojo train`; choose a new folder for --out")
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.exists() else set()
+    if others := sorted(names - LEFTOVERS):
+        raise CheckpointError(
+            f"{out} holds other things than a run of `bmojo train`: {others[0]}, but no run.json; "
+            "choose a new folder for --out"
+        )
     return None
 
 

@@ -32,10 +32,19 @@ from bmojo.compare.profiles import CONTEXTS, RecallPlan, TextPlan, get_profile
 from bmojo.compare.report import write_report
 from bmojo.compare.results import write_results
 from bmojo.config import ModelConfig
-from bmojo.data import PackedRows, TextData, Tokenizer, prepare, reopen, require_length, single_document_windows
+from bmojo.data import (
+    FileTokenizer,
+    PackedRows,
+    TextData,
+    Tokenizer,
+    prepare,
+    reopen,
+    require_length,
+    single_document_windows,
+)
 from bmojo.errors import BMojoError, CheckpointError, ConfigError, nearest
 from bmojo.eval import by_position, decode_cost, recall, score_documents
-from bmojo.files import write_whole
+from bmojo.files import optional_module, write_whole
 from bmojo.nn.count import parameters
 from bmojo.nn.mixer import Trace
 from bmojo.nn.model import BMojoLM
@@ -93,6 +102,8 @@ class Job:
 
 def run(job: Job, tokenizer: Tokenizer, watcher: Watcher) -> dict[str, Any]:
     """Do the job, or what is left of it; returns the results and writes them with their report."""
+    for module in ("transformers", "accelerate", "jsonschema", "jinja2", "matplotlib"):
+        optional_module(module, "bmojo compare")  # now, not after the first model has trained
     profile = get_profile(job.profile)
     plans: dict[str, TextPlan | RecallPlan] = {
         suite: dataclasses.replace(plan, train=dataclasses.replace(plan.train, seed=job.seed))
@@ -116,17 +127,21 @@ def run(job: Job, tokenizer: Tokenizer, watcher: Watcher) -> dict[str, Any]:
             require_length(data, plans["text"].train.seq_len)
         if not begun:  # only now, so that text that can't be used leaves the folder free
             write_whole(job.folder / "job.json", (json.dumps(identity, indent=1) + "\n").encode())
+            if isinstance(tokenizer, FileTokenizer):  # so that eval and generate find it beside the models
+                write_whole(job.folder / "tokenizer.json", tokenizer.path.read_bytes())
         works = {suite: plan.train.steps * (1 + WEIGHT_OF_EVALUATION) for suite, plan in plans.items()}
         watcher.start(sum(works.values()) * len(job.models))
         results = _results(job, plans, data)
-        for suite, plan in plans.items():
-            for name in job.models:
-                watcher.model(f"{suite}/{name}", plan.train.steps)
-                folder = job.folder / suite / name
-                entry = _entry(folder, plan, name, configs[suite][name], data, tokenizer, watcher)
-                results["models"].append(entry)
-                write_results(job.folder / "results.json", results)
-                watcher.done(entry, works[suite])
+        folders = {(suite, name): job.folder / suite / name for suite in plans for name in job.models}
+        entries = {key: entry for key, folder in folders.items() if (entry := _finished(folder)) is not None}
+        for (suite, name), folder in folders.items():
+            plan = plans[suite]
+            watcher.model(f"{suite}/{name}", plan.train.steps)
+            if (suite, name) not in entries:
+                entries[suite, name] = _entry(folder, plan, name, configs[suite][name], data, tokenizer, watcher)
+            results["models"] = [entries[key] for key in folders if key in entries]
+            write_results(job.folder / "results.json", results)
+            watcher.done(entries[suite, name], works[suite])
         watcher.stage("writing the report")
         write_report(job.folder, results)
     return results
@@ -165,6 +180,8 @@ def _identity(job: Job, plans: dict, configs: dict, tokenizer: Tokenizer) -> dic
         "models": list(job.models),
         "suites": list(job.suites),
         "tokenizer": tokenizer.sha256,
+        "threads": torch.get_num_threads(),
+        "device": _device(),
         "settings": {suite: plan.train.to_dict() for suite, plan in plans.items()},
         "configurations": {suite: {n: c.to_dict() for n, c in of.items()} for suite, of in configs.items()},
     }
@@ -218,10 +235,14 @@ def _results(job: Job, plans: dict[str, Any], data: TextData | None) -> dict[str
             "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "device": _device(),
         },
         "models": [],
     }
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def cpu_name() -> str:
@@ -236,13 +257,7 @@ def _entry(
     folder: Path, plan: TextPlan | RecallPlan, name: str, config: ModelConfig, data: TextData | None,
     tokenizer: Tokenizer, watcher: Watcher,
 ) -> dict[str, Any]:  # fmt: skip
-    """The model's entry of results.json: from the folder if it is finished, else by training and measuring it."""
-    path = folder / "entry.json"
-    if path.exists():
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} can't be read: {error}; delete it to measure the model again") from None
+    """Train the model, or what is left of that, and measure it: its entry of results.json, kept in the folder."""
     torch.manual_seed(plan.train.seed)
     model = BMojoLM(config).to("cuda" if torch.cuda.is_available() else "cpu")
     suite = "text" if isinstance(plan, TextPlan) else "recall"
@@ -258,7 +273,7 @@ def _entry(
     if isinstance(plan, TextPlan):
         assert data is not None
         watcher.stage("scoring held-out text")
-        entry["eval"] = empty | _score_text(model, plan, data)
+        entry["eval"] = empty | score_text(model, plan, data)
         if config.eidetic_slots:
             entry["memory_sample"] = memory_sample(model, data, tokenizer)
     else:
@@ -267,8 +282,17 @@ def _entry(
     watcher.stage("timing decoding")
     entry["decode"] = decode_cost(model, CONTEXTS)
     entry["configuration"] = config.to_dict()
-    write_whole(path, json.dumps(entry).encode())
+    write_whole(folder / "entry.json", json.dumps(entry).encode())
     return entry
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The entry of a model that was finished before."""
+    path = folder / "entry.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}; delete it to measure the model again") from None
 
 
 def _trained(model: BMojoLM, record: TrainRecord) -> dict[str, Any]:
@@ -284,7 +308,7 @@ def _trained(model: BMojoLM, record: TrainRecord) -> dict[str, Any]:
     }
 
 
-def _score_text(model: BMojoLM, plan: TextPlan, data: TextData) -> dict[str, Any]:
+def score_text(model: BMojoLM, plan: TextPlan, data: TextData) -> dict[str, Any]:
     score = score_documents(
         model, data.eval, max_bytes=plan.eval_bytes, context=plan.train.seq_len, batch_size=16, seed=plan.train.seed
     )

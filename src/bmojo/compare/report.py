@@ -12,7 +12,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def write_report(folder: Path, results: dict[str, Any]) -> None:
 
 def summary_table(results: dict[str, Any]) -> str:
     """The tables of the text and recall suites in GitHub's markdown."""
-    tables = (text_table(results), recall_table(results))
+    tables = (text_table(results), recall_table(results), recall_cost_table(results))
     return "\n\n".join(markdown(table) for table in tables if table) + "\n"
 
 
@@ -158,12 +158,8 @@ def text_table(results: dict[str, Any]) -> Table | None:
     columns = [
         _column(models, "parameters", lambda m: m["parameters"], "{:,}".format),
         _bits_column(models),
-        *_training_columns(models),
+        *_cost_columns(models),
     ]
-    contexts = _contexts(models)
-    ends = sorted({contexts[0], contexts[-1]}) if contexts else []
-    columns += [_decode_column(models, context) for context in ends]
-    columns += [_state_column(models, context) for context in ends]
     return _table(models, columns)
 
 
@@ -172,6 +168,14 @@ def recall_table(results: dict[str, Any]) -> Table | None:
     models = _models(results, "recall")
     groups = {_group(entry): entry for model in models for entry in model["eval"]["recall"]}
     return _table(models, [_recall_column(models, groups[group]) for group in sorted(groups)])
+
+
+def recall_cost_table(results: dict[str, Any]) -> Table | None:
+    """Size, speed and memory of the models of the recall suite, which are smaller than those of the text suite."""
+    models = _models(results, "recall")
+    return _table(
+        models, [_column(models, "parameters", lambda m: m["parameters"], "{:,}".format), *_cost_columns(models)]
+    )
 
 
 def decode_tables(results: dict[str, Any]) -> list[Table]:
@@ -191,6 +195,9 @@ def losses(results: dict[str, Any]) -> dict[str, list[Loss]]:
         *(column for table in decode_tables(results) for column in table.columns),
         *(recall.columns if recall else []),
     ]
+    if text_models:
+        renamed = (replace(column, name=f"recall suite: {column.name}") for column in _cost_columns(recall_models))
+        columns += renamed
     found: dict[str, list[Loss]] = {model["preset"]: [] for model in [*text_models, *recall_models]}
     for column in columns:
         winner = column.extreme()
@@ -273,6 +280,14 @@ def _training_columns(models: list[Model]) -> list[Column]:
     ]
 
 
+def _cost_columns(models: list[Model]) -> list[Column]:
+    """Training, and decoding at the smallest and the largest context."""
+    contexts = _contexts(models)
+    ends = sorted({contexts[0], contexts[-1]}) if contexts else []
+    decode = [_decode_column(models, context) for context in ends]
+    return [*_training_columns(models), *decode, *(_state_column(models, context) for context in ends)]
+
+
 def _size_column(
     models: list[Model], name: str, value: Callable[[Model], float | None], head: tuple[str, ...]
 ) -> Column:
@@ -346,6 +361,7 @@ def _context(results: dict[str, Any]) -> dict[str, Any]:
         "facts": _facts(results),
         "text_table": text_table(results),
         "recall_table": recall_table(results),
+        "recall_cost_table": recall_cost_table(results),
         "decode_tables": decode_tables(results),
         "losses": losses(results),
         "pictures": {picture.name: picture for picture in pictures if picture},

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from bmojo.data.documents import Document, fingerprint, read_documents
 from bmojo.data.tokenizers import Tokenizer, token_dtype
-from bmojo.errors import DataError
+from bmojo.errors import CheckpointError, DataError
 
 _VERSION = 1
 _SIDES = ("train", "eval")
@@ -178,8 +178,17 @@ def prepare(
 
 
 def reopen(source: str, folder: Path) -> TextData:
-    """The store that a run began with; a warning if `source` is no longer what it was made of."""
-    data = TextData(folder)
+    """The store that a run began with; a warning if `source` is no longer what it was made of.
+
+    Raises CheckpointError if the store is gone or damaged.
+    """
+    try:
+        data = TextData(folder)
+    except DataError as error:
+        raise CheckpointError(
+            f"{folder} is gone or damaged ({error.__cause__}), and a run can't go on without the text that it began "
+            "with; use another folder (or --name)"
+        ) from error
     try:
         same = data.meta["settings"]["fingerprint"] == fingerprint(source)
     except DataError:

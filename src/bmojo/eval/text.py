@@ -20,6 +20,7 @@ from bmojo.nn.model import BMojoLM
 
 RESAMPLES = 1000
 LOGITS_AT_ONCE = 2**24  # numbers; bounds the memory that the head takes
+FEW_DOCUMENTS = 5  # fewer say too little of the spread between documents
 MIN_DOCUMENTS = 8  # that take part where bytes are limited
 
 
@@ -76,21 +77,28 @@ def score_documents(
     The first token of a document costs log2(vocab_size) bits, every other -log2 p(token | the document before it).
     With `max_bytes`, documents are taken in an order drawn by `seed` until it is reached, each cut to at most an
     eighth of it, so that at least 8 take part if the store has as many. A cut document has the share of its bytes
-    that it keeps of its tokens (exact for byte tokens). ci95: percentile bootstrap over documents, RESAMPLES
-    resamples of the ratio of sums. The result depends on `segment` and `batch_size` by rounding alone.
+    that it keeps of its tokens (exact for byte tokens). ci95: percentile bootstrap of the ratio of sums over documents,
+    RESAMPLES resamples; over pieces of `context` tokens where there are fewer than 5 documents. The result depends on
+    `segment` and `batch_size` by rounding alone.
     Raises DataError if the store is empty.
     """
     kept = _within(store, max_bytes, seed)
-    bits = np.zeros(len(kept))
     pieces = [
         (i, start, store[document][start : min(length, start + (context or length) + 1)])
         for i, (document, length) in enumerate(kept)
         for start in range(0, max(1, length - 1), context or length)
     ]
+    bits: NDArray[np.float64] = np.zeros(len(pieces))
+    tokens = np.zeros(len(pieces))
     for j, costs in token_bits(model, [piece for *_, piece in pieces], segment=segment, batch_size=batch_size):
-        i, start, _ = pieces[j]
-        bits[i] += costs[min(start, 1) :].sum()  # the first token of a later piece was scored in the one before
-    sizes = np.array([store.bytes[document] * length / store.lengths[document] for document, length in kept])
+        own = costs[min(pieces[j][1], 1) :]  # the first token of a later piece was scored in the one before
+        bits[j], tokens[j] = own.sum(), len(own)
+    of = np.array([i for i, *_ in pieces])
+    sizes: NDArray[np.float64] = (
+        tokens * np.array([store.bytes[document] / store.lengths[document] for document, _ in kept])[of]
+    )
+    if len(kept) >= FEW_DOCUMENTS:
+        bits, sizes = (np.bincount(of, weights=values).astype(np.float64) for values in (bits, sizes))
     return TextScore(
         float(bits.sum() / sizes.sum()), bootstrap_ratio(bits, sizes, seed), len(kept), round(float(sizes.sum()))
     )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bmojo.errors import ConfigError, DataError, StateError
+from bmojo.errors import ConfigError, DataError
 from bmojo.memory.state import MemoryState
 from bmojo.nn.model import BMojoLM
 
@@ -80,10 +80,9 @@ class Stream:
         return choice
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the state and the last token, for `load_stream_state`; MemoryState.load reads it too."""
-        if self.last is None:
-            raise StateError("there is no token to go on from; save after a token was generated")
-        dataclasses.replace(self.state, note={LAST_TOKEN: self.last}).save(path)
+        """Write the state and the last token, if any, for `load_stream_state`; MemoryState.load reads it too."""
+        note = {} if self.last is None else {LAST_TOKEN: self.last}
+        dataclasses.replace(self.state, note=note).save(path)
 
     def _choose(self, logits: Tensor) -> int:
         if self.temperature == 0:

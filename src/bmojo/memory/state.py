@@ -64,7 +64,10 @@ class MemoryState:
 
     def select(self, rows: Tensor | list[int]) -> MemoryState:
         """The given batch rows, in the given order; a row may be taken more than once (beams)."""
-        index = torch.as_tensor(rows, dtype=torch.int64, device=self.position.device)
+        index = torch.as_tensor(rows, device=self.position.device)
+        if index.dtype == torch.bool or index.is_floating_point():
+            raise StateError(f"rows must be indices, got {index.dtype}; take mask.nonzero()[:, 0] of a mask")
+        index = index.long()
         if index.ndim != 1 or (index.numel() and not bool(((index >= 0) & (index < self.batch_size)).all())):
             raise StateError(f"rows must be a list of indices below the batch size {self.batch_size}, got {rows}")
         return self.map(lambda tensor: tensor.index_select(0, index))
@@ -82,12 +85,12 @@ class MemoryState:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
         """Move; `dtype` changes verbatim rows (keys, values, convolution tails), never scores or recurrent states."""
 
-        def move(name: str, tensor: Tensor) -> Tensor:
-            kind = dtype if dtype is not None and name in VERBATIM else tensor.dtype
-            return tensor.to(device=device, dtype=kind)
-
-        layers = tuple({name: move(name, tensor) for name, tensor in layer.items()} for layer in self.layers)
-        return dataclasses.replace(self, layers=layers)
+        layers = []
+        for kind, layer in zip(self.config.kinds, self.layers, strict=True):
+            spec = layer_spec(self.config, kind)
+            kept = {name: dtype if spec[name].kind == "verbatim" else None for name in layer}
+            layers.append({name: tensor.to(device=device, dtype=kept[name]) for name, tensor in layer.items()})
+        return dataclasses.replace(self, layers=tuple(layers))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file, whole or not at all."""
@@ -156,9 +159,6 @@ def _layers(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tupl
     if len({tensor.shape[0] for layer in layers for tensor in layer.values()}) != 1:
         raise StateError(f"{path} is damaged: its tensors differ in batch size; save the state again")
     return tuple(layers)
-
-
-VERBATIM = {"k", "v", "fading_k", "fading_v", "slot_k", "slot_v", "conv", "ssm_conv", "last_y"}
 
 
 def require_same(saved: ModelConfig, config: ModelConfig) -> None:

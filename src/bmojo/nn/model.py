@@ -112,6 +112,7 @@ class BMojoLM(nn.Module):
     ) -> tuple[Tensor, MemoryState]:
         """What the head reads, [batch, time, hidden_size], and the state: `forward` without the logits."""
         self._check(tokens, state)
+        tokens = tokens.long()
         if state is not None and tokens.shape[1] == 1 and mask is None and document_ids is None:
             at: Layout | Step = Step(state.position, state.document, self.config.chunk_size, donate)
             x = self.embed(tokens[:, 0])
@@ -145,9 +146,10 @@ class BMojoLM(nn.Module):
         return MemoryState(self.config, tuple(m.empty_state(batch, weight.device, dtype) for m in mixers))  # type: ignore
 
     def _check(self, tokens: Tensor, state: MemoryState | None) -> None:
-        if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.is_floating_point():
+        whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+        if tokens.ndim != 2 or tokens.numel() == 0 or not whole:
             raise ConfigError(
-                f"tokens must be whole numbers of shape [batch, time] with time >= 1, got {tokens.dtype} "
+                f"tokens must be whole numbers of shape [batch, time], both at least 1, got {tokens.dtype} "
                 f"{tuple(tokens.shape)}"
             )
         if state is not None:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from bmojo.ops.dispatch import dispatched
-from bmojo.ops.numerics import at_least_float32
+from bmojo.ops.numerics import at_least_float32, exact, widest
 
 
+@exact
 def gated_delta_step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, *, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -30,6 +31,7 @@ def gated_delta_step(
     return (q[..., None, :] @ state).squeeze(-2), state
 
 
+@exact
 def gated_delta_naive(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, *,
     chunk_size: int, state: Tensor | None = None, resets: Tensor | None = None, exclusive: bool = False,
@@ -47,6 +49,7 @@ def gated_delta_naive(
     return torch.stack(outputs, 1), S
 
 
+@exact
 def gated_delta_chunked(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, *,
     chunk_size: int, state: Tensor | None = None, resets: Tensor | None = None, exclusive: bool = False,
@@ -60,20 +63,20 @@ def gated_delta_chunked(
         return z.view(batch, chunks, chunk_size, heads, -1).transpose(2, 3)
 
     q, k, v, beta, g = fold(q), fold(k), fold(v), fold(beta[..., None]), fold(g[..., None])
-    total = g.cumsum(-2)  # [batch, chunks, heads, chunk, 1]: log decay since the chunk's start
+    total = widest(g).cumsum(-2)  # [batch, chunks, heads, chunk, 1]: log decay since the chunk's start
     read = total - g if exclusive else total
     ones = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=v.device)
-    earlier = (total - total.mT).masked_fill(~ones.tril(-1), -torch.inf).exp()
+    earlier = (total - total.mT).to(v.dtype).masked_fill(~ones.tril(-1), -torch.inf).exp()
     system = torch.eye(chunk_size, dtype=v.dtype, device=v.device) + beta * (k @ k.mT) * earlier
-    right = torch.cat((beta * v, beta * k * total.exp()), -1)
+    right = torch.cat((beta * v, beta * k * total.to(v.dtype).exp()), -1)
     from_values, from_state = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
         (head_dim, k.shape[-1]), -1
     )
-    seen = (read - total.mT).masked_fill(~ones.tril(-1 if exclusive else 0), -torch.inf).exp()
+    seen = (read - total.mT).to(v.dtype).masked_fill(~ones.tril(-1 if exclusive else 0), -torch.inf).exp()
     weights = (q @ k.mT) * seen
-    q = q * read.exp()
-    k = (k * (total[..., -1:, :] - total).exp()).mT
-    kept = total[..., -1, :].exp()[..., None]
+    q = q * read.to(v.dtype).exp()
+    k = (k * (total[..., -1:, :] - total).to(v.dtype).exp()).mT
+    kept = total[..., -1, :].to(v.dtype).exp()[..., None]
     S = v.new_zeros(batch, heads, k.shape[-2], head_dim) if state is None else at_least_float32(state)
     outputs = []
     per_chunk = (z.unbind(1) for z in (from_values, from_state, weights, q, k, kept))

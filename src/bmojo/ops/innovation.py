@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bmojo.ops.dispatch import dispatched
-from bmojo.ops.numerics import at_least_float32
+from bmojo.ops.numerics import at_least_float32, exact
 from bmojo.ops.ssd import ssd, ssd_step
 
 RLS_RIDGE = 0.1  # the prior precision of every direction, and
@@ -38,23 +38,30 @@ def rls_start(batch: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return A, _prior(A, 1.0)
 
 
+def _factor(M: Tensor) -> Tensor:
+    """The Cholesky factor, unchecked: a model that diverged gives NaN, and its loss tells."""
+    return torch.linalg.cholesky_ex(M)[0]
+
+
 def _prior(A: Tensor, forgetting: float) -> Tensor:
     """M = g A + rho I [batch, dim, dim]."""
     rho = RLS_RIDGE + A.diagonal(dim1=-2, dim2=-1).sum(-1) / RLS_CONDITION
     return forgetting * A + torch.diag_embed(rho[:, None].expand(-1, A.shape[-1]))
 
 
+@exact
 def rls_step(
     k: Tensor, A: Tensor, M: Tensor, ends_chunk: Tensor, *, forgetting: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One token k [batch, dim]; `ends_chunk` [batch] bool. Returns score [batch], A, M."""
     k = at_least_float32(k)
-    leverage = (k * torch.cholesky_solve(k[..., None], torch.linalg.cholesky(M)).squeeze(-1)).sum(-1)
+    leverage = (k * torch.cholesky_solve(k[..., None], _factor(M)).squeeze(-1)).sum(-1)
     outer = k[..., :, None] * k[..., None, :]
     A = forgetting * A + outer
     return leverage / (1 + leverage), A, torch.where(ends_chunk[:, None, None], _prior(A, forgetting), M + outer)
 
 
+@exact
 def rls_naive(
     k: Tensor, valid: Tensor, A: Tensor, M: Tensor, *, chunk_size: int, forgetting: float, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,6 +80,7 @@ def rls_naive(
     return torch.stack(scores, 1), A, M
 
 
+@exact
 def rls_chunked(
     k: Tensor, valid: Tensor, A: Tensor, M: Tensor, *, chunk_size: int, forgetting: float, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,16 +103,17 @@ def rls_chunked(
         priors.append(M)
         A = shrink[:, c, None, None] * A + within[:, c]
         M = torch.where(alive[:, c, -1, None, None], _prior(A, forgetting), M + plain[:, c])
-    factor = torch.linalg.cholesky(torch.stack(priors, 1))
+    factor = _factor(torch.stack(priors, 1))
     whitened = torch.linalg.solve_triangular(factor, K.mT, upper=False)
     gram = whitened.mT @ whitened + torch.eye(chunk_size, dtype=k.dtype, device=k.device)
-    variance = torch.linalg.cholesky(gram).diagonal(dim1=-2, dim2=-1).square()
+    variance = _factor(gram).diagonal(dim1=-2, dim2=-1).square()
     return ((1 - 1 / variance).clamp(min=0) * alive).view(batch, time), A, M
 
 
 rls = dispatched(chunked=rls_chunked, naive=rls_naive)
 
 
+@exact
 def ema(
     x: Tensor, valid: Tensor, mean: Tensor | None, *, chunk_size: int, forgetting: float, resets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -118,6 +127,7 @@ def ema(
     return cosine_distance(x, past.squeeze(2)) * valid, state[:, 0, 0]
 
 
+@exact
 def ema_step(x: Tensor, mean: Tensor, *, forgetting: float) -> tuple[Tensor, Tensor]:
     """One token x [batch, dim]; the score [batch] and the new fading sum."""
     one = torch.ones_like(mean[:, :1])
@@ -136,6 +146,7 @@ def cosine_distance(x: Tensor, past: Tensor) -> Tensor:
     return (1 - torch.cosine_similarity(at_least_float32(x), past, dim=-1)).clamp(min=0)
 
 
+@exact
 def relative_error(value: Tensor, predicted: Tensor) -> Tensor:
     """|value - predicted|^2 / |value|^2 over the last dimension; 0 for a zero value."""
     value = at_least_float32(value)

@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def exact(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op with autocast off: what it makes float32 stays float32, whatever the autocast dtype."""
+
+    @functools.wraps(op)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        first: Tensor = next(iter((*args, *kwargs.values())))
+        with torch.autocast(first.device.type, enabled=False):
+            return op(*args, **kwargs)
+
+    return run
+
+
+def widest(x: Tensor) -> Tensor:
+    """`x` in float64, where the device has it: for sums and positions whose differences must keep their digits."""
+    return x if x.device.type in ("mps", "xla") else x.double()
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bmojo.ops.numerics import widest
+
 
 def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [..., 1, head_dim] for integer positions [...] (negative ones allowed).
@@ -12,9 +14,8 @@ def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtyp
     Angles are taken in float64 where the device has it: in float32 they lose a digit of phase for each digit of
     position, which an endless stream would feel.
     """
-    exact = torch.float32 if positions.device.type in ("mps", "xla") else torch.float64
-    frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=exact, device=positions.device) / head_dim)
-    angle = positions[..., None].to(exact) * frequency
+    exponent = widest(torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)) / head_dim
+    angle = positions[..., None].to(exponent.dtype) * theta**-exponent
     angle = torch.cat((angle, angle), -1)[..., None, :]
     return angle.cos().to(dtype), angle.sin().to(dtype)
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from bmojo.ops.dispatch import dispatched
-from bmojo.ops.numerics import at_least_float32, repeat_groups
+from bmojo.ops.numerics import at_least_float32, exact, repeat_groups, widest
 
 
+@exact
 def ssd_naive(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, *,
     chunk_size: int, state: Tensor | None = None, resets: Tensor | None = None, exclusive: bool = False,
@@ -39,6 +40,7 @@ def ssd_naive(
     return torch.stack(y, 1), h
 
 
+@exact
 def ssd_step(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token: x [batch, heads, head_dim], dt [batch, heads], B and C [batch, groups, state_size]."""
     x, dt, B, C = map(at_least_float32, (x, dt, B, C))
@@ -49,6 +51,7 @@ def ssd_step(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, *, stat
     return (C[..., None, :] @ state).squeeze(-2), state
 
 
+@exact
 def ssd_chunked(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, *,
     chunk_size: int, state: Tensor | None = None, resets: Tensor | None = None, exclusive: bool = False,
@@ -61,21 +64,23 @@ def ssd_chunked(
     def fold(z: Tensor) -> Tensor:  # [batch, time, n, size] -> [batch, chunks, n, chunk, size]
         return z.view(batch, chunks, chunk_size, *z.shape[2:]).transpose(2, 3)
 
-    step = -dt * A_log.exp()  # log decay of each step, <= 0
-    total = fold(step[..., None]).squeeze(-1).cumsum(-1)  # [batch, chunks, heads, chunk]
-    read = total - fold(step[..., None]).squeeze(-1) if exclusive else total
+    step = fold(-dt[..., None] * A_log.exp()[:, None]).squeeze(-1)  # log decay of each step, <= 0
+    total = widest(step).cumsum(-1)  # [batch, chunks, heads, chunk]; its differences are taken in float64
+    read = total - step if exclusive else total
     B, C = fold(B), fold(C)
     x = fold(x * dt[..., None])
 
     seen = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril(-1 if exclusive else 0)
-    decay = (read[..., :, None] - total[..., None, :]).masked_fill(~seen, -torch.inf).exp()
+    decay = (read[..., :, None] - total[..., None, :]).to(x.dtype).masked_fill(~seen, -torch.inf).exp()
     weights = (C @ B.mT).repeat_interleave(heads // groups, 2) * decay if groups > 1 else (C @ B.mT) * decay
     y = weights @ x
 
     B = B.expand(-1, -1, heads, -1, -1) if groups == 1 else B.repeat_interleave(heads // groups, 2)
     C = C.expand(-1, -1, heads, -1, -1) if groups == 1 else C.repeat_interleave(heads // groups, 2)
-    written = (B * (total[..., -1:] - total).exp()[..., None]).mT @ x  # [batch, chunks, heads, state, head_dim]
-    kept = total[..., -1].exp()
+    written = (
+        B * (total[..., -1:] - total).to(x.dtype).exp()[..., None]
+    ).mT @ x  # [batch, chunks, heads, state, head_dim]
+    kept = total[..., -1].to(x.dtype).exp()
     if resets is not None:
         keep_in = (~resets).to(x.dtype)[..., None, None, None]
     h = x.new_zeros(batch, heads, size, head_dim) if state is None else at_least_float32(state)
@@ -85,7 +90,7 @@ def ssd_chunked(
             h = h * keep_in[:, c]
         starts.append(h)
         h = h * keep[..., None, None] + write
-    y = y + (C * read.exp()[..., None]) @ torch.stack(starts, 1)
+    y = y + (C * read.to(x.dtype).exp()[..., None]) @ torch.stack(starts, 1)
     return y.transpose(2, 3).reshape(batch, time, heads, head_dim), h
 
 

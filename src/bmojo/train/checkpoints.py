@@ -88,8 +88,8 @@ class Checkpoints:
         peak = read_json(newest / "complete")["peak_memory_bytes"]
         try:
             return newest, Progress(np.load(newest / "progress.npy"), peak)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{newest} is damaged ({error}); delete it to go on from the one before") from error
+        except (OSError, ValueError, EOFError) as error:
+            raise damaged(newest, error) from error
 
     def complete(self, folder: Path, progress: Progress) -> None:
         """Make the checkpoint in `folder` count, and delete all but the last KEPT."""
@@ -122,8 +122,9 @@ class Checkpoints:
 def require_same_run(found: dict[str, Any], identity: dict[str, Any], where: Path) -> None:
     """Raise CheckpointError, naming the first setting that differs, unless `found` has what `identity` has."""
     for part, expected in identity.items():
+        there = found.get(part)
         for name, value in expected.items():
-            got = (found.get(part) or {}).get(name)
+            got = there.get(name) if isinstance(there, dict) else None
             if got != value:
                 raise CheckpointError(
                     f"{where} was made with {name}={json.dumps(got)}, this run has {name}={json.dumps(value)}; "
@@ -140,6 +141,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}; use another folder")
     return content
+
+
+def damaged(checkpoint: Path, error: Exception) -> CheckpointError:
+    """The error for a complete checkpoint that can't be read."""
+    reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__  # torch adds advice for others
+    return CheckpointError(f"{checkpoint} is damaged ({reason}); delete it to go on from the one before")
 
 
 def cannot_write(what: str, path: Path, error: Exception) -> BMojoError:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -17,11 +20,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from bmojo.errors import BMojoError, DataError
 from bmojo.nn.init import parameter_groups
 from bmojo.nn.model import BMojoLM
-from bmojo.train.checkpoints import Checkpoints, Progress, cannot_write
+from bmojo.train.checkpoints import Checkpoints, Progress, cannot_write, damaged
 from bmojo.train.loss import next_token_loss
 from bmojo.train.settings import TrainSettings
 
 Rows = Callable[[int], dict[str, np.ndarray]]
+
+# what torch, safetensors and json raise for a file that is cut short, changed or gone
+DAMAGE = (SafetensorError, UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError)
 
 
 class _RowsFrom(Dataset):
@@ -29,11 +35,13 @@ class _RowsFrom(Dataset):
 
     def __init__(self, rows: Rows, first: int, total: int) -> None:
         self.rows, self.first, self.total = rows, first, total
+        self.begun = False
 
     def __len__(self) -> int:
         return self.total
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        self.begun = True
         return self.rows(self.first + index)
 
 
@@ -68,29 +76,45 @@ class NextTokenTrainer(Trainer):
         optimizer = torch.optim.AdamW(
             parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=settings.betas
         )
+        args = TrainingArguments(
+            output_dir=str(checkpoints.folder),
+            max_steps=settings.steps,
+            per_device_train_batch_size=settings.batch_size,
+            max_grad_norm=settings.grad_clip,
+            seed=settings.seed,
+            save_steps=settings.checkpoint_every,
+            logging_steps=settings.log_every,
+            logging_nan_inf_filter=False,
+            ignore_data_skip=True,  # _RowsFrom does it
+            remove_unused_columns=False,
+            use_cpu=not torch.cuda.is_available(),
+            report_to="none",
+            disable_tqdm=True,
+            log_level="error",
+        )
+        # Trainer would put the model on all GPUs that it sees, in DataParallel: a loss of each part of the batch where
+        # `compute_loss` takes one, and times and memory of several devices. No option says otherwise.
+        args._n_gpu = 1
         super().__init__(
             model=_Objective(model),
-            args=TrainingArguments(
-                output_dir=str(checkpoints.folder),
-                max_steps=settings.steps,
-                per_device_train_batch_size=settings.batch_size,
-                max_grad_norm=settings.grad_clip,
-                seed=settings.seed,
-                save_steps=settings.checkpoint_every,
-                logging_steps=settings.log_every,
-                logging_nan_inf_filter=False,
-                ignore_data_skip=True,  # _RowsFrom does it
-                remove_unused_columns=False,
-                use_cpu=not torch.cuda.is_available(),
-                report_to="none",
-                disable_tqdm=True,
-                log_level="error",
-            ),
+            args=args,
             train_dataset=self.data,
             optimizers=(optimizer, LambdaLR(optimizer, settings.learning_rate_ratio)),
             callbacks=[_Watch(progress, on_step, writer)],
         )
         self.remove_callback(PrinterCallback)
+
+    def go_on(self, checkpoint: Path | None) -> None:
+        """Train from a checkpoint, or from the start. Raises CheckpointError if the checkpoint can't be read."""
+        try:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except DAMAGE as error:  # all of a checkpoint is read before the first row
+            other = isinstance(error, BMojoError | torch.OutOfMemoryError)
+            if isinstance(error, OSError):  # not a full disk, nor a file that may not be read
+                other = error.errno not in (errno.ENOENT, errno.EINVAL, errno.EIO)
+            if checkpoint is None or self.data.begun or other:
+                raise
+            raise damaged(checkpoint, error) from error
 
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(

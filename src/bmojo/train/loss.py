@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bmojo.data.packing import IGNORED_LABEL
 from bmojo.nn.mixer import Trace
 from bmojo.nn.model import BMojoLM
-
-IGNORED_LABEL = -100
 
 
 def next_token_loss(model: BMojoLM, batch: Mapping[str, Tensor]) -> Tensor:

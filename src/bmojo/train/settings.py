@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from bmojo.errors import ConfigError, nearest
+from bmojo.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +78,3 @@ class TrainSettings:
 
     def to_dict(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "betas": list(self.betas)}
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> TrainSettings:
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in fields:
-            if name not in known:
-                raise ConfigError(f"unknown setting {name!r}; {nearest(name, known)}")
-        return cls(**fields)

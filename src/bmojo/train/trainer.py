@@ -52,8 +52,8 @@ def train(
 
     A run that was stopped, at any moment, goes on from its newest complete checkpoint, with the same losses and weights
     to the bit as one that never stopped (same machine and threads, on a CPU). Raises CheckpointError, and overwrites
-    nothing, if the folder belongs to other settings or another configuration; BMojoError if the loss is not finite or
-    the disk is full.
+    nothing, if the folder belongs to other settings or another configuration, or the newest checkpoint is damaged;
+    BMojoError if the loss is not finite or the disk is full.
     """
     folder = Path(folder)
     identity = {"settings": settings.to_dict(), "config": model.config.to_dict()}
@@ -74,7 +74,7 @@ def train(
             writer = summary(str(folder / "tensorboard"), purge_step=progress.steps + 1)
         trainer = hf.NextTokenTrainer(model, rows, settings, checkpoints, progress, on_step, writer)
         reset_peak_memory()
-        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+        trainer.go_on(newest)
         progress.note_memory()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
