@@ -95,13 +95,24 @@ def test_the_values_are_in_the_tables(tmp_path, results):
 
 def test_summary_table_marks_best_and_worst(tmp_path, results):
     table = summary_table(results)
-    text, recall = table.strip().split("\n\n")
+    text, recall, costs = table.strip().split("\n\n")
     rows = {line.split("`")[1]: line for line in text.splitlines()[2:]}
     assert list(rows) == list(STYLES)
     assert "| **1.589 [1.578, 1.600]** | 3,100 ▼ |" in rows["bmojo"]
     assert "1.668 [1.657, 1.679] ▼" in rows["swa"]
     assert "length 2,048, 16 pairs<br>beyond the training length<br>chance 6.2 %" in recall
-    assert text in report(tmp_path, results)[2]
+    markdown = report(tmp_path, results)[2]
+    assert all(part in markdown for part in (text, recall, costs))
+
+
+def test_costs_of_the_recall_suite_are_losing_cells_too(results):
+    metrics = {loss.metric for lost in losses(results).values() for loss in lost}
+    assert any(metric.startswith("recall suite: ") for metric in metrics)
+    assert not any(
+        loss.metric.startswith("recall suite: ")
+        for lost in losses({**results, "models": [m for m in results["models"] if m["suite"] == "recall"]}).values()
+        for loss in lost
+    )
 
 
 def test_losing_cells_are_listed_for_bmojo_too(results):
