@@ -1,6 +1,7 @@
 import pytest
 
-from bmojo.cli.options import parse_settings
+from bmojo import presets
+from bmojo.cli.options import parse_settings, warn_unused
 from bmojo.errors import ConfigError
 
 
@@ -31,3 +32,10 @@ def test_values_have_the_types_of_the_fields():
 def test_refuses(pair, message):
     with pytest.raises(ConfigError, match=message):
         parse_settings([pair])
+
+
+def test_settings_that_no_layer_reads_are_warned_of():
+    config = presets.swa("tiny", innovation="ema")
+    with pytest.warns(UserWarning, match=r"ignored: innovation; no layer of this model \(attention\) reads it"):
+        warn_unused(config, {"innovation": "ema", "window": 64})
+    warn_unused(presets.bmojo("tiny"), {"innovation": "ema"})

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bmojo import presets
-from bmojo.cli.options import AsJson, Model, Settings, Size, parse_settings
+from bmojo.cli.options import AsJson, Model, Settings, Size, parse_settings, warn_unused
 from bmojo.nn.count import Costs, costs
 
 CONTEXTS = {"1K": 2**10, "32K": 2**15, "1M": 2**20}  # tokens
@@ -17,7 +17,9 @@ FLOPS_AT = "32K"
 
 
 def info(model: Model = "bmojo", size: Size = "370m", settings: Settings = None, as_json: AsJson = False) -> None:
-    config = presets.get(model, size, **parse_settings(settings))
+    changes = parse_settings(settings)
+    config = presets.get(model, size, **changes)
+    warn_unused(config, changes)
     layers, total = costs(config, list(CONTEXTS.values()))
     groups: dict[str, list[int]] = {}  # layers alike in kind cost the same
     for layer, kind in enumerate(config.kinds):

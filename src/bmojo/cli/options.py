@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,6 +60,13 @@ def _parse(name: str, value: str, kind: str) -> Any:
     except (KeyError, ValueError):
         names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
         raise ConfigError(f"{name} must be {names[kind]}{' or none' * bool(optional)}, got {value!r}") from None
+
+
+def warn_unused(config: ModelConfig, settings: dict[str, Any]) -> None:
+    """Warn of settings that were given and that no layer of the model reads."""
+    if ignored := sorted(config.unused & settings.keys()):
+        kinds = ", ".join(sorted(set(config.kinds)))
+        warnings.warn(f"ignored: {', '.join(ignored)}; no layer of this model ({kinds}) reads it", stacklevel=2)
 
 
 def use_threads(threads: int | None) -> None:

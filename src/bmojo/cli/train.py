@@ -16,7 +16,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bmojo import presets
-from bmojo.cli.options import Errors, Model, Seed, Settings, Size, Text, Threads, parse_settings, use_threads
+from bmojo.cli.options import (
+    Errors,
+    Model,
+    Seed,
+    Settings,
+    Size,
+    Text,
+    Threads,
+    parse_settings,
+    use_threads,
+    warn_unused,
+)
 from bmojo.data import (
     PackedRows,
     Tokenizer,
@@ -54,7 +65,7 @@ def train(
     changes = parse_settings(settings)
     if "vocab_size" in changes:
         raise ConfigError(f"vocab_size comes from the tokenizer, got --set vocab_size={changes['vocab_size']}; drop it")
-    presets.get(model, size, **changes)
+    warn_unused(presets.get(model, size, **changes), changes)
 
     import torch
 
