@@ -53,10 +53,11 @@ class ModelConfig:
     num_kv_heads: int = 0  # 0: num_heads; fewer: grouped-query attention
     head_dim: int = 0  # 0: hidden_size / num_heads
     window: int | None = 64  # the token itself and the window-1 before; None: all
+    qkv_bias: bool = False
     qk_norm: bool = False
     rope_theta: float = 10000.0
     conv_size: int = 0  # short causal convolution that keys are made from; 0: none
-    tie_sources: bool = True  # one W_k, W_v for x and y; False: the fading tokens get their own
+    tie_sources: bool = True  # one W_q, W_k, W_v for x and y; False: fading tokens get their own, and their own query
     chunk_size: int = 64  # refresh period of the eidetic set, and block of the chunked computation
 
     # fading memory
@@ -83,7 +84,7 @@ class ModelConfig:
         if isinstance(self.pattern, str):
             raise ConfigError(f"pattern must be a list of layer kinds, got {self.pattern!r}; use [{self.pattern!r}]")
         object.__setattr__(self, "pattern", tuple(self.pattern))
-        for name in ("tie_embeddings", "qk_norm", "tie_sources"):
+        for name in ("tie_embeddings", "qkv_bias", "qk_norm", "tie_sources"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("norm_eps", "rope_theta", "innovation_forgetting", "head_loss_weight", "eidetic_threshold",
@@ -197,7 +198,8 @@ class ModelConfig:
         if not any(part.ssm for part in has):
             idle |= {name for name in names if name.startswith("ssm")}
         if not any(part.attention for part in has):
-            idle |= {"num_heads", "num_kv_heads", "head_dim", "window", "qk_norm", "rope_theta", "conv_size"}
+            idle |= {"num_heads", "num_kv_heads", "head_dim", "window", "qkv_bias", "qk_norm", "rope_theta"}
+            idle |= {"conv_size"}
         if not any(part.fading for part in has):
             idle |= {"fading", "tie_sources"}
         if not any(part.eidetic for part in has):

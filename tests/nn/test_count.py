@@ -43,7 +43,8 @@ def test_state_bytes_of_drawn_configurations(config):
     ("preset", "changes"),
     [(preset, {}) for preset in presets.PRESETS]
     + [
-        ("bmojo", {"tie_sources": False, "num_kv_heads": 2}),
+        ("bmojo", {"tie_sources": False, "num_kv_heads": 2, "qk_norm": True}),
+        ("bmojo_f", {"tie_sources": False, "qkv_bias": True}),
         ("bmojo", {"fading": "summary", "innovation": "ema"}),
         ("bmojo", {"innovation": "head", "eidetic_slots": 128}),
         ("bmojo", {"ssm": "gdn", "intermediate_size": 0}),
@@ -58,4 +59,4 @@ def test_flops_are_near_what_a_forward_pass_spends(preset, changes):
     with torch.no_grad(), mock.patch.object(mixer, "attend", attend_naive), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, time, dtype=torch.int64))
     counted = sum(count.costs(config, list(range(time)))[1].flops)
-    assert abs(counter.get_total_flops() / counted - 1) < 0.25
+    assert abs(counter.get_total_flops() / counted - 1) < 0.3  # blocks hold up to a chunk that a query does not see

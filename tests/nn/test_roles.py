@@ -22,15 +22,17 @@ ROLES = {
     "bmojo, every option": ATTENTION
     | SSD
     | {"mixer.conv.weight": False, "mixer.innovation.predict.weight": True}
-    | {f"mixer.fading_{name}_proj.weight": True for name in "kv"}
-    | {f"mixer.{name}_norm.weight": False for name in ("q", "k", "fading_k")},
+    | {f"mixer.fading_{name}_proj.weight": True for name in "qkv"}
+    | {f"mixer.{name}_norm.weight": False for name in ("q", "k", "fading_q", "fading_k")}
+    | {f"mixer.{path}{name}_proj.bias": False for name in "qkv" for path in ("", "fading_")},
 }
 
 
 @pytest.mark.parametrize("model", ROLES)
 def test_every_parameter_has_its_role(model):
     preset, _, every = model.partition(", ")
-    changes = {"tie_sources": False, "qk_norm": True, "innovation": "head", "tie_embeddings": False} if every else {}
+    options = {"tie_sources": False, "qk_norm": True, "qkv_bias": True, "innovation": "head", "tie_embeddings": False}
+    changes = options if every else {}
     lm = BMojoLM(small_preset(preset, **changes))
     expected = {f"blocks.{i}.{name}": role for i in range(2) for name, role in (BLOCK | ROLES[model]).items()}
     expected |= {"embed.weight": True, "norm.weight": False} | ({"head.weight": True} if every else {})

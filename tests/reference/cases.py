@@ -39,6 +39,7 @@ def configs(draw: st.DrawFn, family: str, layers: int = 2) -> ModelConfig:
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": of(4, 2),
+        "qkv_bias": of(False, True),
         "qk_norm": of(False, True),
         "conv_size": of(0, 3, 1, 4),
         "ssm": of("ssd", "gdn"),

@@ -102,8 +102,8 @@ def gated_delta(config, w: dict[str, Array], u: Array) -> tuple[Array, Array]:
         out, error = np.zeros((heads, P)), 0.0
         for n in range(heads):
             g = n // (heads // groups)
-            key = k[g] / max(np.linalg.norm(k[g]), 1e-6)
-            query = q[g] / max(np.linalg.norm(q[g]), 1e-6) / math.sqrt(N)
+            key = k[g] / math.sqrt(np.sum(k[g] ** 2) + 1e-6)
+            query = q[g] / math.sqrt(np.sum(q[g] ** 2) + 1e-6) / math.sqrt(N)
             error += np.sum((v[n] - key @ S[n]) ** 2) / np.sum(v[n] ** 2) / heads
             beta = 1 / (1 + math.exp(-b[t, n]))
             S[n] *= math.exp(-math.exp(w["A_log"][n]) * softplus(a[t, n] + w["dt_bias"][n]))
@@ -184,7 +184,10 @@ def literal_mixer(mixer: Mixer, x: Array) -> Reading:
     theta, eps, heads, kv = config.rope_theta, config.norm_eps, config.num_heads, config.num_kv_heads
 
     def head_of(source: Array, what: str, head: int) -> Array:
-        z = w[f"{what}_proj.weight"][head * P : (head + 1) * P] @ source
+        rows = slice(head * P, (head + 1) * P)
+        z = w[f"{what}_proj.weight"][rows] @ source
+        if config.qkv_bias:
+            z = z + w[f"{what}_proj.bias"][rows]
         norm = w.get(f"{what}_norm.weight")
         return z if norm is None else rms_norm(z, norm, eps)
 
@@ -207,11 +210,11 @@ def literal_mixer(mixer: Mixer, x: Array) -> Reading:
                     seen.append((shifted[p], x[p], p if config.positions == "true" else compact, ""))
         out = []
         for head in range(heads):
-            q = rotary(head_of(x[i], "q", head), i, theta)
+            query = {own: rotary(head_of(x[i], f"{own}q", head), i, theta) for own in {own for *_, own in seen}}
             shared = head // (heads // kv)
-            keys = [rotary(head_of(key, f"{own}k", shared), p, theta) for key, _, p, own in seen]
+            keys = [(rotary(head_of(key, f"{own}k", shared), p, theta), query[own]) for key, _, p, own in seen]
             values = np.array([head_of(value, f"{own}v", shared) for _, value, _, own in seen])
-            logits = np.array(keys) @ q / math.sqrt(P)
+            logits = np.array([k @ q for k, q in keys]) / math.sqrt(P)
             weights = np.exp(logits - logits.max())
             out.append(weights @ values / weights.sum())
         output[i] = w["o_proj.weight"] @ np.concatenate(out)

@@ -36,11 +36,11 @@ def mixer_parameters(config: ModelConfig, kind: str) -> int:
     has = config.parts(kind)
     count = ssm_parameters(config) if has.ssm else 0
     if has.attention:
-        keys = config.num_kv_heads * size
-        norms = 2 * size if config.qk_norm else 0
-        count += 2 * hidden * config.num_heads * size + 2 * hidden * keys + norms + hidden * config.conv_size
+        wide, keys = config.num_heads * size, config.num_kv_heads * size
+        source = (hidden + config.qkv_bias) * (wide + 2 * keys) + (2 * size if config.qk_norm else 0)
+        count += source + wide * hidden + hidden * config.conv_size
         if has.fading and not config.tie_sources:
-            count += 2 * hidden * keys + norms // 2
+            count += source
         if has.eidetic and config.innovation == "head":
             count += hidden * hidden
     return count
@@ -76,13 +76,15 @@ def layer_flops(config: ModelConfig, kind: str, context: int) -> int:
         if kind == "bmojo" and config.window is not None:
             fading = max(0, min(config.fading_span, context + 1 - config.window)) // config.fading_stride
             seen += fading + max(0, min(config.eidetic_slots, context + 1 - config.window))
-            multiply_adds += 2 * hidden * keys // config.fading_stride if config.fading_span else 0
+            if has.fading:
+                multiply_adds += 2 * hidden * keys // config.fading_stride
+                multiply_adds += 0 if config.tie_sources else hidden * wide
             if has.eidetic and config.innovation == "rls":
                 dim = innovation_dim(config)
                 multiply_adds += hidden * dim + 3 * dim * dim + chunk * dim
             if has.eidetic and config.innovation == "head":
                 multiply_adds += hidden * hidden
-        multiply_adds += 2 * wide * seen
+        multiply_adds += (2 if config.tie_sources or not has.fading else 3) * wide * seen
     return 2 * multiply_adds
 
 

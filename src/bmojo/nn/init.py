@@ -1,7 +1,8 @@
 """Initialisation, and the roles of parameters.
 
 A module names in `no_decay` those of its own parameters that weight decay must leave alone: decay rates, biases, norms,
-convolutions.
+convolutions. One that has parameters or buffers of its own draws them in `reset_parameters`, which is also how memory
+that was allocated without values (meta device, sharded models) is filled.
 """
 
 from __future__ import annotations
@@ -38,11 +39,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class Linear(nn.Linear):
-    """A linear map without bias, its weights drawn from N(0, std^2); std = 1/sqrt(fan_in) if None."""
+    """A linear map, its weights drawn from N(0, std^2); std = 1/sqrt(fan_in) if None. A bias starts at zero."""
 
-    def __init__(self, inputs: int, outputs: int, std: float | None = None) -> None:
-        super().__init__(inputs, outputs, bias=False)
-        nn.init.normal_(self.weight, std=inputs**-0.5 if std is None else std)
+    no_decay = ("bias",)
+
+    def __init__(self, inputs: int, outputs: int, std: float | None = None, *, bias: bool = False) -> None:
+        self.std = inputs**-0.5 if std is None else std
+        super().__init__(inputs, outputs, bias=bias)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class Output(Linear):
@@ -50,6 +58,17 @@ class Output(Linear):
 
     def __init__(self, inputs: int, outputs: int, std: float | None = None) -> None:
         super().__init__(inputs, outputs, (inputs**-0.5 if std is None else std) * RESIDUAL_SCALE)
+
+
+class Embedding(nn.Embedding):
+    """A row of `size` numbers for each token, drawn from N(0, std^2); std = 1/sqrt(size) if None."""
+
+    def __init__(self, tokens: int, size: int, std: float | None = None) -> None:
+        self.std = size**-0.5 if std is None else std
+        super().__init__(tokens, size)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -72,9 +91,16 @@ class CausalConv(nn.Module):
 
     def __init__(self, channels: int, size: int, *, bias: bool) -> None:
         super().__init__()
-        bound = size**-0.5
-        self.weight = nn.Parameter(torch.empty(channels, size).uniform_(-bound, bound))  # oldest token first
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.weight = nn.Parameter(torch.empty(channels, size))  # oldest token first
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[1] ** -0.5
+        self.weight.uniform_(-bound, bound)
+        if self.bias is not None:
+            self.bias.zero_()
 
     @property
     def lags(self) -> int:
@@ -97,6 +123,9 @@ class KeyConv(CausalConv):
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__(channels, size, bias=False)
-        if size > 1:
-            with torch.no_grad():
-                self.weight.mul_(0.2)[:, -2] += 1
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.lags:
+            self.weight.mul_(0.2)[:, -2] += 1

@@ -32,13 +32,21 @@ class Innovation(nn.Module):
         self.forgetting = config.innovation_forgetting
         if self.kind == "rls":
             self.dim = innovation_dim(config)
-            generator = torch.Generator().manual_seed(index)
-            projection = torch.randn(config.hidden_size, self.dim, generator=generator, device="cpu")
             whole = self.dim == config.hidden_size
-            self.register_buffer("projection", None if whole else projection * config.hidden_size**-0.5)
+            self.register_buffer("projection", None if whole else torch.empty(config.hidden_size, self.dim))
             self.projection: Tensor | None
+            self.reset_parameters()
         elif self.kind == "head":
             self.predict = Linear(config.hidden_size, config.hidden_size, config.initializer_range)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fill the projection of `rls`: fixed, the same in every model of this shape."""
+        if self.kind == "rls" and self.projection is not None:
+            drawn = torch.randn(
+                self.projection.shape, generator=torch.Generator().manual_seed(self.index), device="cpu"
+            )
+            self.projection.copy_(drawn * drawn.shape[0] ** -0.5)
 
     def _features(self, x: Tensor) -> Tensor:
         """Unit-norm inputs of `rls`, projected."""

@@ -51,6 +51,11 @@ class Trace:
     kept: list[Tensor] = field(default_factory=list)  # [B, E] positions in the slots at the end, -1: empty
     losses: list[Tensor] = field(default_factory=list)  # auxiliary losses
 
+    def extend(self, other: Trace) -> None:
+        self.innovation += other.innovation
+        self.kept += other.kept
+        self.losses += other.losses
+
 
 class Mixer(nn.Module):
     def __init__(self, config: ModelConfig, index: int = 0) -> None:
@@ -64,15 +69,19 @@ class Mixer(nn.Module):
             return
         std, heads, kv_heads, size = config.initializer_range, config.num_heads, config.num_kv_heads, config.head_dim
         self.conv = KeyConv(config.hidden_size, config.conv_size) if config.conv_size else None
-        self.q_proj = Linear(config.hidden_size, heads * size, std)
-        self.k_proj = Linear(config.hidden_size, kv_heads * size, std)
-        self.v_proj = Linear(config.hidden_size, kv_heads * size, std)
+        bias = config.qkv_bias
+        self.q_proj = Linear(config.hidden_size, heads * size, std, bias=bias)
+        self.k_proj = Linear(config.hidden_size, kv_heads * size, std, bias=bias)
+        self.v_proj = Linear(config.hidden_size, kv_heads * size, std, bias=bias)
         self.o_proj = Output(heads * size, config.hidden_size, std)
         self.q_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else None
-        if self.has_fading and not config.tie_sources:
-            self.fading_k_proj = Linear(config.hidden_size, kv_heads * size, std)
-            self.fading_v_proj = Linear(config.hidden_size, kv_heads * size, std)
+        self.own_sources = self.has_fading and not config.tie_sources
+        if self.own_sources:
+            self.fading_q_proj = Linear(config.hidden_size, heads * size, std, bias=bias)
+            self.fading_k_proj = Linear(config.hidden_size, kv_heads * size, std, bias=bias)
+            self.fading_v_proj = Linear(config.hidden_size, kv_heads * size, std, bias=bias)
+            self.fading_q_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else None
             self.fading_k_norm = RMSNorm(size, config.norm_eps) if config.qk_norm else None
 
     def empty_state(self, batch: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> State:
@@ -161,20 +170,34 @@ class Mixer(nn.Module):
 
     # keys and values
     def _queries(self, x: Tensor, at: Place) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.config.head_dim))
-        return rotate(q if self.q_norm is None else self.q_norm(q), self._rope(at, q.dtype))
+        q = self._project(x, self.q_proj, self.q_norm, self._rope(at, x.dtype))
+        if not self.own_sources:
+            return q
+        # One softmax of two queries: [q | q'] against [k | 0] and [0 | k'], at the scale of head_dim, not of twice that.
+        own = self._project(x, self.fading_q_proj, self.fading_q_norm, self._rope(at, x.dtype))
+        return torch.cat((q, own), -1) * 2**0.5
+
+    def _project(self, x: Tensor, projection: Linear, norm: RMSNorm | None, table: Rope | None = None) -> Tensor:
+        """[..., D] -> [..., heads, head_dim]: normalised, and turned by `table`."""
+        x = projection(x).unflatten(-1, (-1, self.config.head_dim))
+        x = x if norm is None else norm(x)
+        return x if table is None else rotate(x, table)
+
+    def _as_compared(self, keys: list[Tensor]) -> list[Tensor]:
+        """The keys of window, fading tokens and slots [..., head_dim] as what `_queries` gives is compared with them."""
+        if not self.own_sources:
+            return keys
+        size = self.config.head_dim
+        return [nn.functional.pad(k, (size, 0) if i == 1 else (0, size)) for i, k in enumerate(keys)]
 
     def _keys(self, shifted: Tensor, x: Tensor, table: Rope, *, fading: bool = False) -> tuple[Tensor, Tensor]:
         """Keys of `shifted`, turned by `table`, and values of `x`."""
-        own = fading and not self.config.tie_sources
         key, value, norm = (
             (self.fading_k_proj, self.fading_v_proj, self.fading_k_norm)
-            if own
+            if fading and self.own_sources
             else (self.k_proj, self.v_proj, self.k_norm)
         )
-        k = key(shifted).unflatten(-1, (-1, self.config.head_dim))
-        v = value(x).unflatten(-1, (-1, self.config.head_dim))
-        return rotate(k if norm is None else norm(k), table), v
+        return self._project(shifted, key, norm, table), self._project(x, value, None)
 
     def _rope(self, at: Place, dtype: torch.dtype) -> Rope:
         return at.rope(self.config.head_dim, self.config.rope_theta, dtype)
@@ -260,7 +283,7 @@ class Mixer(nn.Module):
         mask[..., W : W + layout.chunk] |= own & ~layout.valid.unflatten(1, (N, -1))[..., None]  # padding sees itself
         o = attend(
             q.unflatten(1, (N, -1)).flatten(0, 1).transpose(1, 2),
-            torch.cat([z.transpose(2, 3) for z in keys], 3).flatten(0, 1),
+            torch.cat([z.transpose(2, 3) for z in self._as_compared(keys)], 3).flatten(0, 1),
             torch.cat([z.transpose(2, 3) for z in values], 3).flatten(0, 1),
             mask.flatten(0, 1)[:, None],
         )
@@ -356,7 +379,7 @@ class Mixer(nn.Module):
             if trace is not None:
                 trace.innovation.append(score[:, None])
                 trace.kept.append(new["slot_position"])
-        return self._attend_step(q, keys, values, masks), new
+        return self._attend_step(q, self._as_compared(keys), values, masks), new
 
     @staticmethod
     def _attend_step(q: Tensor, keys: list[Tensor], values: list[Tensor], masks: list[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bmojo.config import ModelConfig
 from bmojo.errors import CheckpointError, ConfigError, StateError
@@ -17,7 +18,7 @@ from bmojo.files import write_whole
 from bmojo.memory.layout import Layout, make_layout
 from bmojo.memory.state import MemoryState, require_same
 from bmojo.memory.step import Step
-from bmojo.nn.init import Linear, Output, RMSNorm
+from bmojo.nn.init import Embedding, Linear, Output, RMSNorm
 from bmojo.nn.mixer import Mixer, Trace
 from bmojo.nn.ssm import State
 
@@ -60,6 +61,13 @@ class Block(nn.Module):
         return x, state
 
 
+def traced(block: Block, x: Tensor, state: State | None, at: Layout | Step) -> tuple[Tensor, State, Trace]:
+    """A block with a trace of its own: run a second time, it notes nothing twice."""
+    trace = Trace()
+    x, state = block(x, state, at, trace)
+    return x, state, trace
+
+
 class BMojoLM(nn.Module):
     """A causal language model of the B'MOJO family.
 
@@ -68,14 +76,17 @@ class BMojoLM(nn.Module):
         logits, state = model(more, state)     # goes on where the first call ended, in constant memory
 
     Any way of cutting a sequence into calls gives the same logits and the same final state.
+
+    `gradient_checkpointing`: in training, keep only the input of each block and compute the rest again for the gradient.
     """
+
+    gradient_checkpointing = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        std = config.hidden_size**-0.5 if config.initializer_range is None else config.initializer_range
-        nn.init.normal_(self.embed.weight, std=std)
+        std = config.initializer_range
+        self.embed = Embedding(config.vocab_size, config.hidden_size, std)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, std)
@@ -130,7 +141,13 @@ class BMojoLM(nn.Module):
             x = self.embed(at.place(tokens))
         layers = []
         for i, block in enumerate(self.blocks):
-            x, layer = block(x, None if state is None else state.layers[i], at, trace)
+            before = None if state is None else state.layers[i]
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x, layer, noted = checkpoint(traced, block, x, before, at, use_reentrant=False)
+                if trace is not None:
+                    trace.extend(noted)
+            else:
+                x, layer = block(x, before, at, trace)
             layers.append(layer)
         x = x[:, None] if isinstance(at, Step) else at.restore(x)
         return self.norm(x), MemoryState(self.config, tuple(layers))

@@ -41,9 +41,14 @@ class FadingMemory(nn.Module):
         self.groups, self.state_size = config.ssm_groups, config.ssm_state_size
         self.size, self.chunk_size = config.ssm_size, config.chunk_size
         self.conv = CausalConv(channels, config.ssm_conv, bias=conv_bias)
-        dt = torch.exp(torch.rand(self.heads) * (math.log(0.1) - math.log(1e-3)) + math.log(1e-3))
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
-        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        dt = self.dt_bias.uniform_(math.log(1e-3), math.log(0.1)).exp_()
+        dt += torch.log(-torch.expm1(-dt))
+        self.A_log.uniform_(1, 16).log_()
 
     def _convolve(self, x: Tensor, state: State | None, layout: Layout) -> tuple[Tensor, Tensor]:
         extended = layout.extend(x, None if state is None else state["ssm_conv"], self.conv.lags)
@@ -66,9 +71,15 @@ class SSD(FadingMemory):
         super().__init__(config, config.ssm_size + 2 * self.bc, conv_bias=True)
         std = config.initializer_range
         self.in_proj = Linear(config.hidden_size, 2 * self.size + 2 * self.bc + self.heads, std)
-        self.D = nn.Parameter(torch.ones(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
         self.norm = RMSNorm(self.size, config.norm_eps)
         self.out_proj = Output(self.size, config.hidden_size, std)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.D.fill_(1)
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, xBC, dt = self.in_proj(u).split((self.size, self.size + 2 * self.bc, self.heads), -1)
@@ -127,6 +138,7 @@ class GatedDeltaNet(FadingMemory):
         self.in_proj = Linear(config.hidden_size, 2 * self.size + 2 * self.qk + 2 * self.heads, std)
         self.norm = RMSNorm(self.head_dim, config.norm_eps)
         self.out_proj = Output(self.size, config.hidden_size, std)
+        self.reset_parameters()
 
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         qkv, z, b, a = self.in_proj(u).split((self.size + 2 * self.qk, self.size, self.heads, self.heads), -1)
@@ -140,7 +152,8 @@ class GatedDeltaNet(FadingMemory):
 
     def _unit(self, x: Tensor) -> Tensor:
         """[..., groups * state_size] -> [..., groups, state_size], of unit norm."""
-        return F.normalize(at_least_float32(x).unflatten(-1, (self.groups, self.state_size)), dim=-1, eps=1e-6)
+        x = at_least_float32(x).unflatten(-1, (self.groups, self.state_size))
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
     def _output(self, o: Tensor, z: Tensor) -> Tensor:
         gated = self.norm(o.to(z.dtype)) * F.silu(z.unflatten(-1, (self.heads, self.head_dim)))
