@@ -4,31 +4,55 @@
     model = BMojoLM(presets.bmojo("tiny", vocab_size=256))
     logits, state = model(tokens)
 
-What needs torch is imported at first use.
+What needs torch is imported at first use. Where Transformers is installed, its Auto classes know bmojo from here on.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bmojo import presets
     from bmojo.config import ModelConfig
+    from bmojo.hf import BMojoByteTokenizer, BMojoCache, BMojoConfig, BMojoForCausalLM
     from bmojo.memory.state import MemoryState
     from bmojo.nn.mixer import Mixer, Trace
     from bmojo.nn.model import BMojoLM
 
 __version__ = "0.1.0"
-__all__ = ["BMojoLM", "MemoryState", "Mixer", "ModelConfig", "Trace", "__version__", "presets"]
+__all__ = [
+    "BMojoByteTokenizer",
+    "BMojoCache",
+    "BMojoConfig",
+    "BMojoForCausalLM",
+    "BMojoLM",
+    "MemoryState",
+    "Mixer",
+    "ModelConfig",
+    "Trace",
+    "__version__",
+    "presets",
+]
 
 _HOME = {
+    "BMojoByteTokenizer": "bmojo.hf",
+    "BMojoCache": "bmojo.hf",
+    "BMojoConfig": "bmojo.hf",
+    "BMojoForCausalLM": "bmojo.hf",
     "BMojoLM": "bmojo.nn.model",
     "MemoryState": "bmojo.memory.state",
     "Mixer": "bmojo.nn.mixer",
     "ModelConfig": "bmojo.config",
     "Trace": "bmojo.nn.mixer",
 }
+
+
+if importlib.util.find_spec("transformers") is not None:
+    from bmojo.hf.registration import register
+
+    register()
 
 
 def __getattr__(name: str) -> Any:

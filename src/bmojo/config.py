@@ -10,6 +10,13 @@ from typing import Any, NamedTuple
 
 from bmojo.errors import ConfigError, nearest
 
+FORMAT_VERSION = 1  # of model folders
+# what Transformers and `save` write into a config.json beside the settings
+CHECKPOINT_ENTRIES = frozenset({
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
+    "format_version", "id2label", "is_encoder_decoder", "label2id", "model_type", "output_attentions",
+    "output_hidden_states", "pad_token_id", "problem_type", "quantization_config", "return_dict", "tie_word_embeddings",
+    "torch_dtype", "transformers_version", "use_cache"})  # fmt: skip
 LAYERS = ("attention", "ssm", "bmojo")
 SSMS = ("ssd", "gdn")
 FADINGS = ("window", "summary")
@@ -256,10 +263,33 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, text: str) -> ModelConfig:
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"the configuration is not JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise ConfigError(f"the configuration must be a JSON object, got {type(fields).__name__}")
-        return cls.from_dict(fields)
+        return cls.from_dict(_json_object(text))
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """What the config.json of a model folder holds: the settings, and how Transformers finds the classes."""
+        entries = {"architectures": ["BMojoForCausalLM"], "model_type": "bmojo", "format_version": FORMAT_VERSION}
+        return {**entries, **self.to_dict()}
+
+    @classmethod
+    def from_checkpoint(cls, content: str | dict[str, Any]) -> ModelConfig:
+        """The settings in the config.json of a model folder, by whomever written.
+
+        Raises ConfigError if it is of another kind of model, or newer.
+        """
+        fields = _json_object(content) if isinstance(content, str) else content
+        if (kind := fields.get("model_type", "bmojo")) != "bmojo":
+            raise ConfigError(f"model_type must be 'bmojo', got {kind!r}; use `bmojo convert` on the folder first")
+        version = fields.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ConfigError(f"format_version is {version!r}, this bmojo reads up to {FORMAT_VERSION}; update bmojo")
+        return cls.from_dict({name: value for name, value in fields.items() if name not in CHECKPOINT_ENTRIES})
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the configuration is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"the configuration must be a JSON object, got {type(fields).__name__}")
+    return fields

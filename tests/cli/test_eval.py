@@ -57,7 +57,7 @@ def test_refuses(run_folder, tmp_path, refused, corpus):
     assert "is not a bmojo configuration" in refused("eval", damaged, "--text", corpus)
     (damaged / "model.safetensors").write_bytes(weights)
     (damaged / "config.json").write_text((run_folder / "model/config.json").read_text().replace("256", "300"))
-    assert "does not belong to its config.json" in refused("eval", damaged, "--text", corpus)
+    assert "do not belong to its config.json" in refused("eval", damaged, "--text", corpus)
 
 
 def test_a_model_without_its_tokenizer_is_refused(tmp_path, refused, corpus, run_folder):

@@ -46,7 +46,8 @@ def test_wrong_folders_are_refused(tmp_path):
         ("[]", "JSON object"),
         (json.dumps(json.loads(text) | {"windw": 8}), "did you mean 'window'"),
         (json.dumps(json.loads(text) | {"pattern": 5}), "is not a bmojo configuration"),
-        (json.dumps({"model_type": "llama"}), "unknown setting 'model_type'"),
+        (json.dumps({"model_type": "llama"}), "model_type must be 'bmojo', got 'llama'; use `bmojo convert`"),
+        (json.dumps(json.loads(text) | {"format_version": 2}), "format_version is 2, this bmojo reads up to 1; update"),
     ):
         config.write_text(wrong)
         with pytest.raises(CheckpointError, match=message):
@@ -55,7 +56,7 @@ def test_wrong_folders_are_refused(tmp_path):
     with pytest.raises(CheckpointError):
         BMojoLM.load(tmp_path)
     config.write_text(json.dumps(json.loads(text) | {"eidetic_slots": 0, "conv_size": 0}))
-    with pytest.raises(CheckpointError, match=r"does not belong to its config\.json: blocks\.0\.mixer\.conv\.weight"):
+    with pytest.raises(CheckpointError, match=r"do not belong to its config\.json: blocks\.0\.mixer\.conv\.weight"):
         BMojoLM.load(tmp_path)
     config.write_text(text)
 

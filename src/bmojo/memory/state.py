@@ -18,7 +18,7 @@ from torch import Tensor
 from bmojo.config import ModelConfig
 from bmojo.errors import ConfigError, StateError
 from bmojo.files import write_whole
-from bmojo.memory.spec import layer_spec
+from bmojo.memory.spec import Entry, layer_spec
 
 FORMAT = "bmojo.memory-state"
 VERSION = 1
@@ -154,11 +154,37 @@ def _layers(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tupl
                     f"{path} is damaged: layers.{i}.{name} is {'missing' if tensor is None else tuple(tensor.shape)}, "
                     f"expected [batch, {', '.join(map(str, entry.shape))}]; save the state again"
                 )
+            _require_dtype(f"layers.{i}.{name}", entry, tensor.dtype)
             layer[name] = tensor
         layers.append(layer)
     if len({tensor.shape[0] for layer in layers for tensor in layer.values()}) != 1:
         raise StateError(f"{path} is damaged: its tensors differ in batch size; save the state again")
     return tuple(layers)
+
+
+def require_fit(state: MemoryState, config: ModelConfig, batch: int, dtype: torch.dtype) -> None:
+    """Raise StateError unless `state` can go on in a model of `config` and `dtype` with `batch` rows of tokens."""
+    require_same(state.config, config)
+    if state.batch_size != batch:
+        raise StateError(
+            f"the state has batch size {state.batch_size}, the tokens {batch}; use state.select or state.repeat"
+        )
+    autocast = torch.is_autocast_enabled(state.position.device.type)
+    for name, entry in layer_spec(config, config.kinds[0]).items():
+        got = state.layers[0][name].dtype
+        if entry.kind == "verbatim" and got != dtype and not autocast:
+            raise StateError(f"the state holds {got} rows, the model {dtype}; use state.to(dtype={dtype})")
+        _require_dtype(name, entry, got)
+
+
+def _require_dtype(name: str, entry: Entry, got: torch.dtype) -> None:
+    allowed = {
+        "verbatim": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+        "exact": (torch.float32, torch.float64),
+        "integer": (torch.int64,),
+    }[entry.kind]
+    if got not in allowed:
+        raise StateError(f"{name} of the state must be {' or '.join(map(str, allowed))}, got {got}; save it again")
 
 
 def require_same(saved: ModelConfig, config: ModelConfig) -> None:

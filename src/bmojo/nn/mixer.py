@@ -50,6 +50,7 @@ class Trace:
     innovation: list[Tensor] = field(default_factory=list)  # [B, T]
     kept: list[Tensor] = field(default_factory=list)  # [B, E] positions in the slots at the end, -1: empty
     losses: list[Tensor] = field(default_factory=list)  # auxiliary losses
+    hidden: list[Tensor] | None = None  # if a list: [B, T, D], the embeddings and what each block gives; one more
 
     def extend(self, other: Trace) -> None:
         self.innovation += other.innovation
@@ -173,7 +174,7 @@ class Mixer(nn.Module):
         q = self._project(x, self.q_proj, self.q_norm, self._rope(at, x.dtype))
         if not self.own_sources:
             return q
-        # One softmax of two queries: [q | q'] against [k | 0] and [0 | k'], at the scale of head_dim, not of twice that.
+        # One softmax of two queries: [q | q'] against [k | 0] and [0 | k'], at the scale of head_dim, not twice that.
         own = self._project(x, self.fading_q_proj, self.fading_q_norm, self._rope(at, x.dtype))
         return torch.cat((q, own), -1) * 2**0.5
 
@@ -184,7 +185,7 @@ class Mixer(nn.Module):
         return x if table is None else rotate(x, table)
 
     def _as_compared(self, keys: list[Tensor]) -> list[Tensor]:
-        """The keys of window, fading tokens and slots [..., head_dim] as what `_queries` gives is compared with them."""
+        """The keys of window, fading tokens and slots [..., head_dim], as the queries are compared with them."""
         if not self.own_sources:
             return keys
         size = self.config.head_dim

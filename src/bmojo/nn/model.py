@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -13,14 +14,37 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bmojo.config import ModelConfig
-from bmojo.errors import CheckpointError, ConfigError, StateError
+from bmojo.errors import CheckpointError, ConfigError
 from bmojo.files import write_whole
 from bmojo.memory.layout import Layout, make_layout
-from bmojo.memory.state import MemoryState, require_same
+from bmojo.memory.state import MemoryState, require_fit
 from bmojo.memory.step import Step
 from bmojo.nn.init import Embedding, Linear, Output, RMSNorm
 from bmojo.nn.mixer import Mixer, Trace
 from bmojo.nn.ssm import State
+
+
+def read_safetensors(folder: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a model folder: model.safetensors, or the shards that model.safetensors.index.json names.
+
+    Raises CheckpointError if one of the files is missing or corrupt.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file() and not (folder / names[0]).is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is corrupt: {error!r}") from None
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            tensors |= load_file(folder / name, device=device)
+        except FileNotFoundError:
+            raise CheckpointError(f"no checkpoint at {folder}: {name} is missing") from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{folder / name} is corrupt: {error}") from None
+    return tensors
 
 
 class SwiGLU(nn.Module):
@@ -68,6 +92,11 @@ def traced(block: Block, x: Tensor, state: State | None, at: Layout | Step) -> t
     return x, state, trace
 
 
+def _restored(x: Tensor, at: Layout | Step) -> Tensor:
+    """What was laid out, as [batch, time, hidden_size]."""
+    return x[:, None] if isinstance(at, Step) else at.restore(x)
+
+
 class BMojoLM(nn.Module):
     """A causal language model of the B'MOJO family.
 
@@ -77,7 +106,7 @@ class BMojoLM(nn.Module):
 
     Any way of cutting a sequence into calls gives the same logits and the same final state.
 
-    `gradient_checkpointing`: in training, keep only the input of each block and compute the rest again for the gradient.
+    `gradient_checkpointing`: in training, keep only the inputs of blocks and compute the rest again for the gradients.
     """
 
     gradient_checkpointing = False
@@ -121,12 +150,14 @@ class BMojoLM(nn.Module):
         donate: bool = False,
         trace: Trace | None = None,
     ) -> tuple[Tensor, MemoryState]:
-        """What the head reads, [batch, time, hidden_size], and the state: `forward` without the logits."""
+        """What the head reads, [batch, time, hidden_size], and the state: `forward` without the logits.
+
+        In place of `tokens` may stand their embeddings [batch, time, hidden_size].
+        """
         self._check(tokens, state)
-        tokens = tokens.long()
         if state is not None and tokens.shape[1] == 1 and mask is None and document_ids is None:
             at: Layout | Step = Step(state.position, state.document, self.config.chunk_size, donate)
-            x = self.embed(tokens[:, 0])
+            x = self._embed(tokens[:, 0])
         else:
             at = make_layout(
                 tokens.shape[0],
@@ -138,8 +169,10 @@ class BMojoLM(nn.Module):
                 mask=mask,
                 document_ids=document_ids,
             )
-            x = self.embed(at.place(tokens))
+            x = self._embed(at.place(tokens))
         layers = []
+        if trace is not None and trace.hidden is not None:
+            trace.hidden.append(_restored(x, at))
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -149,8 +182,12 @@ class BMojoLM(nn.Module):
             else:
                 x, layer = block(x, before, at, trace)
             layers.append(layer)
-        x = x[:, None] if isinstance(at, Step) else at.restore(x)
-        return self.norm(x), MemoryState(self.config, tuple(layers))
+            if trace is not None and trace.hidden is not None:
+                trace.hidden.append(_restored(x, at))
+        return self.norm(_restored(x, at)), MemoryState(self.config, tuple(layers))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return tokens if tokens.is_floating_point() else self.embed(tokens.long())
 
     def logits(self, features: Tensor) -> Tensor:
         return F.linear(features, self.embed.weight if self.head is None else self.head.weight)
@@ -164,43 +201,39 @@ class BMojoLM(nn.Module):
 
     def _check(self, tokens: Tensor, state: MemoryState | None) -> None:
         whole = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
-        if tokens.ndim != 2 or tokens.numel() == 0 or not whole:
+        embedded = tokens.is_floating_point() and tokens.ndim == 3 and tokens.shape[-1] == self.config.hidden_size
+        if not ((whole and tokens.ndim == 2) or embedded) or tokens.numel() == 0:
             raise ConfigError(
-                f"tokens must be whole numbers of shape [batch, time], both at least 1, got {tokens.dtype} "
-                f"{tuple(tokens.shape)}"
+                "tokens must be whole numbers of shape [batch, time], both at least 1, or their embeddings "
+                f"[batch, time, {self.config.hidden_size}], got {tokens.dtype} {tuple(tokens.shape)}"
             )
         if state is not None:
-            require_same(state.config, self.config)
-            if state.batch_size != tokens.shape[0]:
-                raise StateError(
-                    f"the state has batch size {state.batch_size}, the tokens {tokens.shape[0]}; "
-                    "use state.select or state.repeat"
-                )
+            require_fit(state, self.config, tokens.shape[0], self.embed.weight.dtype)
 
-    # checkpoints: a folder with config.json and model.safetensors
+    # checkpoints: a folder with config.json and model.safetensors, or shards and their index
     def save(self, folder: str | os.PathLike) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         write_whole(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
-        write_whole(folder / "config.json", self.config.to_json().encode())
+        entries = self.config.to_checkpoint() | {"dtype": str(self.embed.weight.dtype).removeprefix("torch.")}
+        write_whole(folder / "config.json", (json.dumps(entries, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, folder: str | os.PathLike, device: str = "cpu") -> BMojoLM:
-        """The model that `save` wrote. Raises CheckpointError for a folder that is missing, corrupt or foreign."""
+        """The model that `save`, or `save_pretrained` of BMojoForCausalLM, wrote.
+
+        Raises CheckpointError for a folder that is missing, corrupt, foreign, or of a newer format.
+        """
         folder = Path(folder)
-        path, weights = folder / "config.json", folder / "model.safetensors"
-        for needed in (path, weights):
-            if not needed.is_file():
-                raise CheckpointError(f"no checkpoint at {folder}: {needed.name} is missing")
+        path = folder / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"no checkpoint at {folder}: config.json is missing")
         try:
-            config = ModelConfig.from_json(path.read_text(encoding="utf-8"))
+            config = ModelConfig.from_checkpoint(path.read_text(encoding="utf-8"))
         except (ConfigError, TypeError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is not a bmojo configuration: {error}") from None
-        try:
-            tensors = load_file(weights, device=device)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{weights} is corrupt: {error}") from None
+        tensors = {name.removeprefix("model."): tensor for name, tensor in read_safetensors(folder, device).items()}
         with torch.device("meta"):
             model = cls(config)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -208,7 +241,7 @@ class BMojoLM(nn.Module):
         if expected != got:
             name = sorted(set(expected.items()) ^ set(got.items()))[0][0]
             raise CheckpointError(
-                f"{weights} does not belong to its config.json: {name} is {got.get(name, 'missing')}, "
+                f"the weights in {folder} do not belong to its config.json: {name} is {got.get(name, 'missing')}, "
                 f"expected {expected.get(name, 'no such tensor')}"
             )
         model.load_state_dict(tensors, assign=True)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bmojo.data.packing import IGNORED_LABEL
-from bmojo.nn.mixer import Trace
+from bmojo.nn.loss import auxiliary_loss, auxiliary_trace, cross_entropy
 from bmojo.nn.model import BMojoLM
 
 
@@ -19,13 +17,8 @@ def next_token_loss(model: BMojoLM, batch: Mapping[str, Tensor]) -> Tensor:
     batch: int64 [batch, time] `tokens`, `labels` (IGNORED_LABEL: predict nothing here), and optionally `document_ids`.
     Logits are made at the labelled positions alone, and compared in float32 at least. Zero if nothing is labelled.
     """
-    trace = Trace() if model.config.innovation == "head" else None
+    trace = auxiliary_trace(model.config)
     features, _ = model.features(batch["tokens"], document_ids=batch.get("document_ids"), trace=trace)
     labelled = batch["labels"] != IGNORED_LABEL
-    labels = batch["labels"][labelled]
-    logits = model.logits(features[labelled])
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    loss = F.cross_entropy(logits.to(exact), labels, reduction="sum") / max(1, labels.numel())
-    if trace is not None:
-        loss = loss + model.config.head_loss_weight * sum(trace.losses)
-    return loss
+    loss = cross_entropy(model.logits(features[labelled]), batch["labels"][labelled])
+    return loss + auxiliary_loss(model.config, trace)

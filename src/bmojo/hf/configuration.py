@@ -1,0 +1,75 @@
+"""The configuration of a bmojo model as Transformers keeps it: the fields of ModelConfig, flat in config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from bmojo.config import FORMAT_VERSION, ModelConfig
+from bmojo.errors import ConfigError, nearest
+
+_SETTINGS = frozenset(field.name for field in dataclasses.fields(ModelConfig))
+# what PretrainedConfig takes, and from_pretrained passes, without keeping it in its dictionary
+_PASSED = {"attn_implementation", "experts_implementation", "name_or_path", "torch_dtype", "tie_word_embeddings",
+           "num_labels", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "auto_map"}  # fmt: skip
+
+
+class BMojoConfig(PretrainedConfig):
+    """Every field of `bmojo.ModelConfig` as a keyword and an attribute, beside those of any PretrainedConfig.
+
+    `core` is the validated ModelConfig. The usual names of Transformers (`num_hidden_layers`, `num_attention_heads`,
+    `num_key_value_heads`) are aliases. Raises ConfigError for an unknown setting, one out of range, and a checkpoint
+    that a newer bmojo wrote.
+    """
+
+    model_type = "bmojo"
+    attribute_map = {
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(self, **fields: Any) -> None:
+        fields = {self.attribute_map.get(name, name): value for name, value in fields.items()}
+        others = {name: fields.pop(name) for name in list(fields) if name not in _SETTINGS}
+        core = ModelConfig.from_checkpoint({**fields, "format_version": others.pop("format_version", FORMAT_VERSION)})
+        known = _PASSED | set(PretrainedConfig().to_dict()) | set(dir(PretrainedConfig))
+        for name in others:
+            if name not in known and not name.startswith("_"):
+                raise ConfigError(f"unknown setting {name!r}; {nearest(name, _SETTINGS)}")
+        self.use_cache = others.pop("use_cache", True)
+        self.tie_word_embeddings = others.pop("tie_word_embeddings", core.tie_embeddings)
+        if self.tie_word_embeddings != core.tie_embeddings:
+            raise ConfigError(
+                f"tie_word_embeddings is {self.tie_word_embeddings} and tie_embeddings {core.tie_embeddings}; "
+                "give tie_embeddings alone"
+            )
+        super().__init__(**others)
+        self._keep(core)
+        self.format_version = FORMAT_VERSION
+        _register_model()
+
+    @classmethod
+    def from_core(cls, core: ModelConfig, **others: Any) -> BMojoConfig:
+        return cls(**core.to_dict(), **others)
+
+    @property
+    def core(self) -> ModelConfig:
+        """The settings as a frozen, validated ModelConfig."""
+        return ModelConfig.from_dict({name: getattr(self, name) for name in _SETTINGS})
+
+    def _keep(self, core: ModelConfig) -> None:
+        for name, value in core.to_dict().items():
+            setattr(self, name, value)
+
+
+def _register_model() -> None:
+    """A configuration comes before any model: by now Transformers is loaded, and AutoModel can be told."""
+    from transformers import AutoModelForCausalLM
+
+    from bmojo.hf.modeling import BMojoForCausalLM
+
+    AutoModelForCausalLM.register(BMojoConfig, BMojoForCausalLM, exist_ok=True)
