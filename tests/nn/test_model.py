@@ -135,31 +135,3 @@ def test_initialisation_draws_what_it_says():
     fixed = BMojoLM(small_preset("bmojo", hidden_size=256, ssm_head_dim=8, num_layers=1, initializer_range=0.02))
     assert abs(float(fixed.blocks[0].mlp.gate_up.weight.detach().std() / 0.02) - 1) < 0.02
     assert abs(float(fixed.blocks[0].mlp.down.weight.detach().std() / (0.02 * RESIDUAL_SCALE)) - 1) < 0.02
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler itself
-@pytest.mark.parametrize("preset", ["swa", "bmojo"])
-def test_a_compiled_model_equals_the_eager_one(preset, fresh_compiler):
-    """Through the whole compiler but for the code generator, which takes half a minute."""
-    model = make_model(small_preset(preset, num_layers=1), dtype=torch.float32)
-    compiled = torch.compile(model, backend="aot_eager")
-    tokens = draw_tokens(2, 19)
-    with torch.no_grad():
-        expected, got = model(tokens)[0], compiled(tokens)[0]
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_a_model_compiles_as_one_graph(fresh_compiler):
-    model = make_model(small_preset("bmojo", num_layers=1), dtype=torch.float32)
-    with torch.no_grad():
-        torch.compile(model, backend="eager", fullgraph=True)(draw_tokens(2, 19))

@@ -90,20 +90,6 @@ def test_the_callers_state_is_left_alone_and_donating_it_changes_nothing(data):
     same_state(donated, end, 0)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_float32_parallel_and_recurrent_agree(preset):
-    model = make_model(small_preset(preset), dtype=torch.float32)
-    tokens = draw_tokens(2, 50)
-    with torch.no_grad():
-        whole, _, trace = run_calls(model, tokens, [50])
-        steps, _, stepped = run_calls(model, tokens, [1] * 50)
-    same = torch.ones(2, dtype=torch.bool)
-    for a, b in zip(trace.kept, stepped.kept, strict=True):
-        same &= (a.sort().values == b.sort().values).all(1)
-    assert same.any()
-    close(steps[same], whole[same], 1e-4)
-
-
 @given(data=st.data())
 def test_a_batch_equals_its_rows_alone(data):
     model = make_model(data.draw(any_config()))

@@ -18,6 +18,7 @@ from cases import (
     run_calls,
     same_state,
     shaken,
+    simplest,
     small_preset,
 )
 from hypothesis import given
@@ -157,7 +158,7 @@ def test_a_document_that_goes_on_over_calls_is_not_cut():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("style", ["left", "right", "inner"])
 def test_what_stands_at_padding_is_never_read(family, style):
-    config = configs_of(family)
+    config = simplest(family)
     mixer = shaken(Mixer(config))
     x = torch.randn(2, 11, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mask = torch.ones(2, 11, dtype=torch.bool)
@@ -171,7 +172,7 @@ def test_what_stands_at_padding_is_never_read(family, style):
 
 
 def test_the_loss_of_the_head_does_not_see_padding():
-    mixer = shaken(Mixer(configs_of("head")), dtype=torch.float32)
+    mixer = shaken(Mixer(simplest("head")), dtype=torch.float32)
     x = torch.randn(2, 11, 8, generator=torch.Generator().manual_seed(0))
     x[:, 6:] = 0
     mask = torch.arange(11).expand(2, -1) < 6
@@ -182,22 +183,6 @@ def test_the_loss_of_the_head_does_not_see_padding():
     close(padded.losses[0], short.losses[0], 1e-5)
     padded.losses[0].backward()
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in mixer.parameters())
-
-
-def configs_of(family: str):
-    """The simplest configuration of a family."""
-    from bmojo.config import ModelConfig
-
-    fields = {"hidden_size": 8, "num_heads": 2, "chunk_size": 4, "window": 4, "ssm_head_dim": 4, "num_layers": 1}
-    match family:
-        case "attention" | "full attention":
-            fields |= {"pattern": ("attention",), "window": 4 if family == "attention" else None}
-        case "ssd" | "gdn":
-            fields |= {"pattern": ("ssm",), "ssm": family}
-        case _:
-            slots = 0 if family == "bmojo without slots" else 3
-            fields |= {"fading_span": 4, "eidetic_slots": slots, "innovation": family if slots else "rls"}
-    return ModelConfig(**fields)
 
 
 @given(data=st.data())

@@ -15,7 +15,7 @@ from bmojo.memory.state import MemoryState
 from bmojo.nn.mixer import Trace
 from bmojo.nn.model import BMojoLM
 
-EXACT = 1e-9
+EXACT = 1e-10
 VOCAB = 13
 # the families of layers; an innovation stands for a bmojo layer that has it
 FAMILIES = ("attention", "full attention", "ssd", "gdn", "bmojo without slots", *INNOVATIONS)
@@ -42,6 +42,7 @@ def configs(draw: st.DrawFn, family: str, layers: int = 2) -> ModelConfig:
         "qkv_bias": of(False, True),
         "qk_norm": of(False, True),
         "conv_size": of(0, 3, 1, 4),
+        "rope_theta": of(10000.0, 100.0),
         "ssm": of("ssd", "gdn"),
         "ssm_expand": expand,
         "ssm_head_dim": ssm_head_dim,
@@ -53,9 +54,9 @@ def configs(draw: st.DrawFn, family: str, layers: int = 2) -> ModelConfig:
         case "attention":
             fields["pattern"] = ("attention",)
         case "full attention":
-            fields |= {"pattern": ("attention",), "window": None}
+            fields |= {"pattern": of(("attention",), ("ssm", "attention"))[-layers:], "window": None}
         case "ssd" | "gdn":
-            fields |= {"pattern": ("ssm",), "ssm": family}
+            fields |= {"pattern": of(("ssm",), ("attention", "ssm"))[-layers:], "ssm": family}
         case _:
             fields |= {
                 "tie_sources": of(True, False),
@@ -86,6 +87,21 @@ def configs(draw: st.DrawFn, family: str, layers: int = 2) -> ModelConfig:
 
 def any_config(layers: int = 2) -> st.SearchStrategy[ModelConfig]:
     return st.sampled_from(FAMILIES).flatmap(lambda family: configs(family, layers))
+
+
+def simplest(family: str, **changes: Any) -> ModelConfig:
+    """The simplest configuration of a family: one layer, chunks and window of 4."""
+    fields: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 8, "num_heads": 2, "chunk_size": 4, "window": 4,
+                              "ssm_head_dim": 4, "num_layers": 1}  # fmt: skip
+    match family:
+        case "attention" | "full attention":
+            fields |= {"pattern": ("attention",), "window": 4 if family == "attention" else None}
+        case "ssd" | "gdn":
+            fields |= {"pattern": ("ssm",), "ssm": family}
+        case _:
+            slots = 0 if family == "bmojo without slots" else 3
+            fields |= {"fading_span": 4, "eidetic_slots": slots, "innovation": family if slots else "rls"}
+    return ModelConfig(**{**fields, **changes})
 
 
 def small_preset(name: str, **changes: Any) -> ModelConfig:

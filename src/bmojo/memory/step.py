@@ -33,7 +33,8 @@ class Step:
 
     @property
     def any_ends_chunk(self) -> bool:
-        return self._once("any ends", lambda: bool(self.ends_chunk.any()))
+        """Whether there is a chunk to end; a graph that is compiled once for all tokens always does what that takes."""
+        return torch.compiler.is_compiling() or self._once("any ends", lambda: bool(self.ends_chunk.any()))
 
     def _once(self, key, make):
         if key not in self.cache:

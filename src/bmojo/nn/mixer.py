@@ -231,10 +231,10 @@ class Mixer(nn.Module):
 
     def _append(self, state: State | None, name: str, new: Tensor, layout: Layout) -> Tensor:
         """The cache `name` with the tokens of this call written at their positions in the last document."""
-        length = int(layout.next_position.max())
         old = new[:, :0] if state is None else state[name].to(new.dtype)
         if layout.source is None and old.shape[1] == 0:
-            return grow(new[:, :length], length)
+            return grow(new[:, : layout.time], layout.time)
+        length = int(layout.next_position.max())
         cache = grow(old, length)
         last = layout.segment.gather(1, ((layout.end - 1).clamp(min=0) // layout.chunk)[:, None])
         mine = layout.valid & (layout.segment_of_slot == last)
