@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -22,6 +23,11 @@ from bmojo.memory.spec import Entry, layer_spec
 
 FORMAT = "bmojo.memory-state"
 VERSION = 1
+DTYPES = {
+    "verbatim": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "exact": (torch.float32, torch.float64),
+    "integer": (torch.int64,),
+}
 
 
 @dataclass(frozen=True)
@@ -170,26 +176,27 @@ def require_fit(state: MemoryState, config: ModelConfig, batch: int, dtype: torc
             f"the state has batch size {state.batch_size}, the tokens {batch}; use state.select or state.repeat"
         )
     autocast = torch.is_autocast_enabled(state.position.device.type)
-    for name, entry in layer_spec(config, config.kinds[0]).items():
+    for name, entry in _first_layer(config).items():
         got = state.layers[0][name].dtype
         if entry.kind == "verbatim" and got != dtype and not autocast:
             raise StateError(f"the state holds {got} rows, the model {dtype}; use state.to(dtype={dtype})")
         _require_dtype(name, entry, got)
 
 
+@functools.lru_cache(maxsize=64)  # asked for every token
+def _first_layer(config: ModelConfig) -> dict[str, Entry]:
+    return layer_spec(config, config.kinds[0])
+
+
 def _require_dtype(name: str, entry: Entry, got: torch.dtype) -> None:
-    allowed = {
-        "verbatim": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
-        "exact": (torch.float32, torch.float64),
-        "integer": (torch.int64,),
-    }[entry.kind]
-    if got not in allowed:
-        raise StateError(f"{name} of the state must be {' or '.join(map(str, allowed))}, got {got}; save it again")
+    if got not in DTYPES[entry.kind]:
+        allowed = " or ".join(map(str, DTYPES[entry.kind]))
+        raise StateError(f"{name} of the state must be {allowed}, got {got}; save it again")
 
 
 def require_same(saved: ModelConfig, config: ModelConfig) -> None:
     """Raise StateError unless a state of `saved` fits a model of `config`."""
-    if saved != config:
+    if saved is not config and saved != config:
         ours, theirs = config.to_dict(), saved.to_dict()
         name = next(name for name in ours if ours[name] != theirs[name])
         raise StateError(
