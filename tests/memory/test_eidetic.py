@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,6 +72,57 @@ def test_what_the_slots_keep():
     assert best([0.5, 0.9, 0.3], [9, 8, 7], slots=3, threshold=0.5) == [8, 9]
     assert best([0.5, 0.9], [9, 1], decay=0.9) == [9, 1]  # 0.9 * 0.9^9 < 0.5 * 0.9
     assert best([0.5, 0.9], [9, 1], decay=0.9, now=10**6) == [9, 1]  # the order does not depend on the age of both
+
+
+def test_many_ties_go_to_the_newer():
+    newest_first = list(range(99, -1, -1))
+    assert best([0.5] * 100, newest_first, slots=7, now=100) == newest_first[:7]
+
+
+@pytest.mark.parametrize("form", [select_chunked, select_naive])
+@pytest.mark.parametrize(
+    ("case", "score", "given", "held", "options", "sets"),
+    [
+        # what the call brings: position and document of the state, documents of the tokens; the positions in the slots
+        # of every chunk and, last, after the call
+        ("from nothing", [0.5, 0.1, 0.9, 0.5, 0.2, 0.3], {}, None, {}, [[-1, -1], [0, 1], [2, 3], [2, 3]]),
+        ("an incomplete chunk waits", [0.5, 0.1, 0.9], {}, None, {}, [[-1, -1], [0, 1], [0, 1]]),
+        ("decay", [0.9, 0.6], {}, None, {"decay": 0.5}, [[-1, -1], [1, 0]]),
+        ("threshold", [0.9, 0.3, 0.2, 0.1], {}, None, {"threshold": 0.3}, [[-1, -1], [0, 1], [0, 1]]),
+        ("held", [0.6, 0.9, 1.0], {"position": 4}, ([0.8, 0.4], [1, 3]), {}, [[1, 3], [5, 1], [5, 1]]),
+        ("held ties", [0.1, 0.2], {"position": 4}, ([0.5, 0.5], [3, 1]), {}, [[3, 1], [3, 1]]),
+        ("held decays", [0.1, 0.6], {"position": 4}, ([0.9, 0.8], [3, 1]), {"decay": 0.9}, [[3, 1], [3, 5]]),
+        ("one slot is empty", [0.1, 0.2], {"position": 2}, ([0.5, 0.9], [1, -1]), {}, [[1, -1], [1, 3]]),
+        ("in a chunk", [0.7, 0.1], {"position": 5}, ([0.5, 0.4], [1, 3]), {}, [[1, 3], [4, 1]]),
+        ("a new document", [0.9, 0.9, 0.1, 0.2], {"position": 4, "document": 0, "document_ids": [0, 0, 1, 1]},
+         ([0.5, 0.4], [1, 3]), {}, [[1, 3], [-1, -1], [1, 0]]),
+        ("a document that was held alone", [0.1, 0.2], {"position": 4, "document": 0, "document_ids": [1, 1]},
+         ([0.5, 0.4], [1, 3]), {}, [[-1, -1], [1, 0]]),
+    ],
+)  # fmt: skip
+def test_sets_in_small_numbers(form, case, score, given, held, options, sets):
+    """Chunks of 2, two slots."""
+    one = {name: torch.tensor([value]) for name, value in given.items()}
+    layout = make_layout(1, len(score) - given.get("position", 0) % 2, 2, torch.device("cpu"), **one)
+    scores = torch.zeros(1, layout.slots, dtype=torch.float64)
+    scores[0, : len(score)] = torch.tensor(score)
+    before = (torch.tensor([held[0]], dtype=torch.float64), torch.tensor([held[1]])) if held else None
+    index, position, (value, where, last) = form(
+        scores, layout, 2, **{"decay": 1.0, "threshold": 0.0, **options}, held=before
+    )
+    assert torch.cat((position[0], where)).tolist() == sets
+    known = torch.cat((before[0][0], scores[0])) if before else scores[0]
+    at = torch.cat((before[1][0], layout.position[0])) if before else layout.position[0]
+    for places, kept in ((position[0], index[0]), (where, last)):
+        assert torch.equal(at[kept][places >= 0], places[places >= 0])  # an index leads to the token
+    assert torch.equal(value[where >= 0], known[last][where >= 0])
+
+
+@pytest.mark.parametrize("form", [select_chunked, select_naive])
+def test_chunks_of_one_token(form):
+    layout = make_layout(1, 1, 1, torch.device("cpu"))
+    _, position, (score, where, _) = form(torch.tensor([[0.5]]), layout, 2, decay=1.0, threshold=0.0)
+    assert (position.tolist(), where.tolist(), score[0, 0]) == ([[[-1, -1]]], [[0, -1]], 0.5)
 
 
 def test_compact_positions_bound_the_distance():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -13,7 +15,7 @@ from safetensors.torch import load, save_file
 
 from bmojo.errors import BMojoError, StateError
 from bmojo.memory.spec import layer_spec
-from bmojo.memory.state import FORMAT, MemoryState
+from bmojo.memory.state import FORMAT, MemoryState, require_fit
 from bmojo.nn import count
 from bmojo.presets import PRESETS
 
@@ -58,6 +60,12 @@ def test_a_change_of_dtype_leaves_scores_and_recurrent_states_alone(state):
             assert tensor.dtype == (torch.bfloat16 if spec[name].kind == "verbatim" else before[name].dtype), name
     assert half.nbytes < state.nbytes
     assert state.to("cpu").layers[0]["k"].dtype == torch.float32
+
+
+def test_a_model_of_one_layer_has_a_position():
+    state = make_model(small_preset("bmojo", num_layers=1)).empty_state(2)
+    assert state.position.tolist() == [0, 0]
+    assert state.document.tolist() == [-1, -1]
 
 
 def test_position_and_bytes(state):
@@ -153,7 +161,11 @@ def broken_files(path, state):
     content = path.read_bytes()
     tensors = load(content)
     metadata = {"format": FORMAT, "version": "1", "config": json.dumps(state.config.to_dict())}
-    yield "another model", path.write_bytes(content), "belongs to another model: window is 12 here and 8"
+    yield (
+        "another model",
+        path.write_bytes(content),
+        "belongs to another model: window is 12 here and 8 in the state; load the state with the model that made it$",
+    )
     for what, part in (("empty", b""), ("cut short", content[:-100]), ("text", b"hello, world" * 9)):
         yield what, path.write_bytes(part), "can't be read"
     yield "a directory", (path.unlink(), path.mkdir()), "can't be read"
@@ -170,16 +182,28 @@ def test_wrong_files_are_refused(tmp_path, state):
             MemoryState.load(path, other if what == "another model" else state.config)
 
 
+HEADER, VERSION_OF = "is damaged: its header can't be read .*; save the state again", "is damaged: its version is 'one'"
 DAMAGE = {
-    "no version": ({"version": None}, {}),
-    "a version that is no number": ({"version": "one"}, {}),
-    "no configuration": ({"config": None}, {}),
-    "a configuration that is no JSON": ({"config": "{"}, {}),
-    "a configuration of a later bmojo": ({"config": '{"windoww": 3}'}, {}),
-    "a missing tensor": ({}, {"layers.0.k": None}),
-    "a tensor of another shape": ({}, {"layers.0.k": torch.zeros(3, 1, 1, 1)}),
-    "a tensor too much": ({}, {"layers.9.k": torch.zeros(1)}),
-    "a tensor of another name": ({}, {"other": torch.zeros(1)}),
+    "no version": ({"version": None}, {}, HEADER),
+    "a version that is no number": ({"version": "one"}, {}, VERSION_OF),
+    "no configuration": ({"config": None}, {}, HEADER),
+    "a configuration that is no JSON": ({"config": "{"}, {}, HEADER),
+    "a configuration of a later bmojo": ({"config": '{"windoww": 3}'}, {}, HEADER),
+    "a missing tensor": ({}, {"layers.0.k": None}, r"layers.0.k is missing, expected \[batch, 8, 2, 8\]; save"),
+    "a tensor of another shape": (
+        {},
+        {"layers.0.k": torch.zeros(3, 1, 1, 1)},
+        r"layers.0.k is \(3, 1, 1, 1\), expected",
+    ),
+    "a tensor of another layer": ({}, {"layers.9.k": torch.zeros(1)}, "it holds layers.9.k, which this model has not"),
+    "a tensor of another name": ({}, {"other": torch.zeros(1), "zoo": torch.zeros(1)}, "it holds other, which"),
+    "keys of whole numbers": (
+        {},
+        {"layers.0.k": torch.zeros(3, 8, 2, 8, dtype=torch.int64)},
+        "layers.0.k of the state must be torch.float32 or torch.float64 or torch.bfloat16 or "
+        "torch.float16, got torch.int64; save it again",
+    ),
+    "rows that are lost": ({}, {"layers.1.conv": torch.zeros(2, 3, 16)}, "its tensors differ in batch size; save"),
 }
 
 
@@ -188,12 +212,84 @@ def test_damaged_contents_are_refused(tmp_path, state, damage):
     path = tmp_path / "state"
     state.save(path)
     metadata = {"format": FORMAT, "version": "1", "config": json.dumps(state.config.to_dict())}
-    changes = DAMAGE[damage]
+    *changes, message = DAMAGE[damage]
     metadata, tensors = ({**old, **new} for old, new in zip((metadata, load(path.read_bytes())), changes, strict=True))
     metadata, tensors = ({n: z for n, z in part.items() if z is not None} for part in (metadata, tensors))
     save_file(tensors, path, metadata)
-    with pytest.raises(StateError):
+    named = "" if damage == "keys of whole numbers" else f"{re.escape(str(path))} .*"
+    with pytest.raises(StateError, match=f"^{named}{message}"):
         MemoryState.load(path, state.config)
+
+
+def test_a_note_is_found_again(tmp_path, state):
+    dataclasses.replace(state, note={"text": "so far", "at": [1, None]}).save(tmp_path / "state")
+    loaded = MemoryState.load(tmp_path / "state")
+    assert loaded.note == {"text": "so far", "at": [1, None]}
+    assert loaded.select([0]).note == loaded.note
+    path = tmp_path / "without"  # as a bmojo wrote it that knew no notes
+    metadata = {"format": FORMAT, "version": "1", "config": json.dumps(state.config.to_dict())}
+    save_file(load((tmp_path / "state").read_bytes()), path, metadata)
+    assert MemoryState.load(path).note == {}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_kind_of_state_comes_back(tmp_path, preset):
+    with torch.no_grad():
+        state = make_model(small_preset(preset), dtype=torch.float32)(draw_tokens(2, 13))[1]
+    state.save(tmp_path / "state")
+    same_state(MemoryState.load(tmp_path / "state"), state, 0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "cut", "message"),
+    [
+        ("transformer", (..., slice(1)), r"layers.1.{} is \(2, 256, 2, 1\), expected"),
+        ("swa", (slice(None), slice(7)), r"layers.1.{} is \(2, 7, 2, 8\), expected \[batch, 8, 2, 8\]"),
+        ("bmojo", (slice(None), slice(7)), r"layers.1.{} is \(2, 7, 2, 8\), expected \[batch, 8, 2, 8\]"),
+    ],
+)
+def test_only_the_length_of_a_cache_is_free(tmp_path, preset, cut, message):
+    with torch.no_grad():
+        state = make_model(small_preset(preset), dtype=torch.float32)(draw_tokens(2, 13))[1]
+    state.save(tmp_path / "state")
+    tensors = load((tmp_path / "state").read_bytes())
+    metadata = {"format": FORMAT, "version": "1", "config": json.dumps(state.config.to_dict())}
+    for name in ("k", "v"):
+        changed = {**tensors, f"layers.1.{name}": tensors[f"layers.1.{name}"][cut].contiguous()}
+        save_file(changed, tmp_path / "state", metadata)
+        with pytest.raises(StateError, match=message.format(name)):
+            MemoryState.load(tmp_path / "state")
+
+
+def test_a_state_fits_a_model_of_its_configuration_batch_and_dtype(state):
+    config, single = state.config, torch.float32
+    require_fit(state, config, 3, single)
+    for wrong, message in (
+        ((state, small_preset("bmojo", window=12), 3, single), "^the state belongs to another model: window is 12"),
+        ((state, config, 2, single), "^the state has batch size 3, the tokens 2; use state.select or state.repeat$"),
+        ((state, config, 3, torch.bfloat16),
+         r"^the state holds torch.float32 rows, the model torch.bfloat16; use state.to\(dtype=torch.bfloat16\)$"),
+    ):  # fmt: skip
+        with pytest.raises(StateError, match=message):
+            require_fit(*wrong)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the rows of a state may then be of either type
+        require_fit(state, config, 3, torch.bfloat16)
+
+
+def test_scores_and_positions_have_the_digits_that_they_need(state):
+    floats = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for dtype in floats:
+        require_fit(state.to(dtype=dtype), state.config, 3, dtype)
+    for name, allowed in (("rls_A", (torch.float32, torch.float64)), ("slot_position", (torch.int64,))):
+        for dtype in (*floats, torch.int64, torch.int32):
+            first = {**state.layers[0], name: state.layers[0][name].to(dtype)}
+            changed = dataclasses.replace(state, layers=(first, state.layers[1]))
+            if dtype in allowed:
+                require_fit(changed, state.config, 3, torch.float32)
+            else:
+                message = f"^{name} of the state must be {' or '.join(map(str, allowed))}, got {dtype}; save it again$"
+                with pytest.raises(StateError, match=message):
+                    require_fit(changed, state.config, 3, torch.float32)
 
 
 def test_select_takes_indices_alone(state):

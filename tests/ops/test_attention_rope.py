@@ -43,6 +43,26 @@ def test_an_empty_set_gives_zero_and_a_finite_gradient(form):
     assert all(bool(z.grad.isfinite().all()) for z in (q, k, v))
 
 
+@pytest.mark.parametrize("form", [attend_naive, attend_chunked])
+def test_attention_in_small_numbers(form):
+    """One query of length 4: q . k / 2 = ln 1, ln 3 and, where it is visible, ln 4."""
+    k = torch.zeros(1, 1, 3, 4, dtype=torch.float64)
+    k[0, 0, :, 0] = 2 * torch.tensor([1.0, 3.0, 4.0], dtype=torch.float64).log()
+    q = torch.tensor([1.0, 0, 0, 0], dtype=torch.float64).expand(1, 1, 3, 4)
+    v = torch.eye(3, dtype=torch.float64)[None, None]
+    close(form(q, k, v)[0, 0, 0], torch.tensor([1.0, 3, 4]) / 8, 1e-14)
+    close(form(q, k, v, torch.tensor([[True, True, False]]))[0, 0, 2], torch.tensor([1.0, 3, 0]) / 4, 1e-14)
+    causal = torch.tensor([[1.0, 0, 0], [1 / 4, 3 / 4, 0], [1 / 8, 3 / 8, 4 / 8]], dtype=torch.float64)
+    close(form(q, k, v, causal=True)[0, 0], causal, 1e-14)
+
+
+def test_rows_of_very_different_scores_keep_their_digits():
+    q, k, v = qkv(2, 2)
+    q[:, :, 0] *= 1e5
+    q[:, :, 1] *= 1e-5
+    close(attend_naive(q, k, v), attend_chunked(q, k, v), 1e-12)
+
+
 def test_scores_depend_on_distance_alone_even_far_out():
     q, k = (torch.randn(1, 8, dtype=torch.float64) for _ in range(2))
 
@@ -59,6 +79,19 @@ def test_scores_depend_on_distance_alone_even_far_out():
     table = rope_table(torch.arange(3), 8, 1e4, torch.float64)
     x = torch.randn(3, 2, 8, dtype=torch.float64)
     close(rotate(rotate(x, table), rope_table(-torch.arange(3), 8, 1e4, torch.float64)), x)
+
+
+def test_a_table_in_small_numbers():
+    cos, sin = rope_table(torch.tensor([0, 3]), 4, 100.0, torch.float64)
+    angles = torch.tensor([[[0.0] * 4], [[3, 0.3, 3, 0.3]]], dtype=torch.float64)
+    assert cos.shape == sin.shape == (2, 1, 4)
+    close(cos, angles.cos(), 1e-15)
+    close(sin, angles.sin(), 1e-15)
+    x = torch.tensor([1.0, 10, 100, 1000], dtype=torch.float64)
+    c, s = angles[1, 0].cos(), angles[1, 0].sin()
+    turned = [c[0] - 100 * s[0], 10 * c[1] - 1000 * s[1], 100 * c[0] + s[0], 1000 * c[1] + 10 * s[1]]
+    close(rotate(x[None, None], (cos[1:], sin[1:]))[0, 0], torch.stack(turned), 1e-13)
+    assert rotate(x.float()[None, None], (cos[1:], sin[1:])).dtype == torch.float32
 
 
 def test_consecutive_heads_share_a_group():

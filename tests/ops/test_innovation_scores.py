@@ -101,3 +101,36 @@ def test_position_scores_look_at_positions_alone():
     assert abs(torch.corrcoef(torch.stack((random[1:-1], random[2:])))[0, 1]) < 0.05
     assert not torch.equal(random, ops.position_score("random", position, 1))
     assert len(random[1:].unique()) > 3990
+
+
+def test_random_scores_stay_what_they_are():
+    """A saved state goes on with the scores that it began with, whatever the version: the values are part of it."""
+    position = torch.tensor([-1, 0, 1, 2, 3, 1000, 10**6, 2**31])
+    expected = {
+        0: [15529821, 15529821, 7819731, 13887003, 7611771, 11030060, 3508615, 10844245],
+        7: [4639944, 4639944, 2116567, 1028536, 7081801, 1829171, 10119040, 13904752],
+    }
+    for seed, values in expected.items():
+        assert (ops.position_score("random", position, seed) * 2**24).tolist() == values
+
+
+def test_leverage_in_small_numbers():
+    """Two chunks of one token in one dimension: M = 0.1, then g k^2 + 0.1 + k^2 / 1e5."""
+    k, g = torch.tensor([[[1.0], [1.0]]], dtype=torch.float64), 0.5
+    A, M = ops.rls_start(1, 1, k)
+    assert A.dtype == M.dtype == torch.float64
+    assert (A.item(), M.item()) == (0, 0.1)
+    scores, A, M = ops.rls_chunked(k, torch.ones(1, 2, dtype=torch.bool), A, M, chunk_size=1, forgetting=g)
+    second = 1 / (g + 0.1 + 1e-5)
+    close(scores[0], torch.tensor([10 / 11, second / (1 + second)], dtype=torch.float64), 1e-14)
+    close(A[0, 0], torch.tensor([1 + g], dtype=torch.float64), 1e-14)
+    close(M[0, 0], torch.tensor([g * (1 + g) + 0.1 + (1 + g) / 1e5], dtype=torch.float64), 1e-14)
+
+
+def test_distance_in_small_numbers():
+    x, past = (
+        torch.tensor([[1.0, 0], [1, 0], [1, 0], [1, 0], [0, 0]]),
+        torch.tensor([[2.0, 0], [-1, 0], [0, 1], [0, 0], [1, 0]]),
+    )
+    assert ops.cosine_distance(x, past).tolist() == [0, 2, 1, 1, 1]
+    assert ops.cosine_distance(x.bfloat16(), past).dtype == torch.float32

@@ -82,7 +82,8 @@ def ssd(config, w: dict[str, Array], u: Array) -> tuple[Array, Array]:
             h[n] = math.exp(-step * math.exp(w["A_log"][n])) * h[n] + step * np.outer(B[g], x[n])
             y[n] = C[g] @ h[n] + w["D"][n] * x[n]
         gated = y.reshape(-1) * silu(z[t])
-        ys.append(w["out_proj.weight"] @ rms_norm(gated, w["norm.weight"], config.norm_eps))
+        parts = zip(np.split(gated, groups), np.split(w["norm.weight"], groups), strict=True)
+        ys.append(w["out_proj.weight"] @ np.concatenate([rms_norm(part, own, config.norm_eps) for part, own in parts]))
         errors.append(error)
     return np.array(ys), np.array(errors)
 

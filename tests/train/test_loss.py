@@ -54,3 +54,15 @@ def test_adds_the_auxiliary_loss_of_the_head(batch):
     expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) + 0.5 * sum(trace.losses)
     assert len(trace.losses) == 2
     torch.testing.assert_close(next_token_loss(model, batch), expected, rtol=1e-12, atol=0)
+
+
+def test_the_parts_of_a_batch_sum_to_the_whole(batch):
+    """However the labels are spread: what processes that share a batch need."""
+    torch.manual_seed(0)
+    model = BMojoLM(presets.bmojo("tiny", **TINY, innovation="head", head_loss_weight=0.5)).double()
+    batch["labels"][0, 1:] = -100
+    batch["labels"][1] = -100
+    predicted = (batch["labels"] != -100).sum()
+    parts = [{name: value[row : row + 1] for name, value in batch.items()} for row in range(3)]
+    total = sum(next_token_loss(model, part, predicted=predicted, share=1 / 3) for part in parts)
+    torch.testing.assert_close(total, next_token_loss(model, batch), rtol=1e-12, atol=0)

@@ -15,6 +15,14 @@ def test_dict_round_trip_and_derived_warm_up():
     assert settings.tokens_per_step == 128
 
 
+def test_processes_share_a_batch_evenly_or_not_at_all():
+    assert [TrainSettings(**FIELDS).rows_per_process(count) for count in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(
+        ConfigError, match=r"a multiple of the number of processes \(3\), which share each batch, got 4"
+    ):
+        TrainSettings(**FIELDS).rows_per_process(3)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -199,6 +199,38 @@ def test_a_damaged_checkpoint_is_refused(stopped, tmp_path, part, share):
     assert newest.exists()
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_checkpoint_without_one_of_its_parts_is_refused(stopped, tmp_path, part):
+    """Transformers would go on with a new optimiser, or other random numbers."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoints/checkpoint-10" / part).unlink()
+    with pytest.raises(CheckpointError, match=f"checkpoint-10 is damaged .{part} is missing.; delete it to go on"):
+        train(new_model(), rows, SETTINGS, tmp_path, tensorboard=False)
+
+
+@pytest.mark.parametrize("change", [{"peak_memory_bytes": None}, {"peak_memory_bytes": "much"}, None], ids=str)
+def test_a_marker_that_lacks_something_is_refused(stopped, tmp_path, change):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    marker = tmp_path / "checkpoints/checkpoint-10/complete"
+    content = json.loads(marker.read_text())
+    if change is None:
+        del content["peak_memory_bytes"]
+    marker.write_text(json.dumps(content | (change or {})))
+    with pytest.raises(CheckpointError, match=r"checkpoint-10 is damaged \(.+\); delete it to go on from the one"):
+        train(new_model(), rows, SETTINGS, tmp_path, tensorboard=False)
+
+
+def test_another_number_of_processes_needs_no_random_states_of_its_own(whole, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    newest = tmp_path / "checkpoints/checkpoint-10"
+    (newest / "rng_state.pth").rename(newest / "rng_state_0.pth")
+    marker = newest / "complete"
+    marker.write_text(marker.read_text().replace("rng_state", "rng_state_0"))
+    model = new_model()
+    train(model, rows, SETTINGS, tmp_path, tensorboard=False)
+    assert same_weights(model, whole[1])
+
+
 def test_without_its_damaged_checkpoint_a_run_goes_on(whole, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints/checkpoint-10")

@@ -35,6 +35,8 @@ VERBS = {
     "train": Verb("bmojo.cli.train", "Train a model on text.", resumes=True),
     "eval": Verb("bmojo.cli.eval", "Bits per byte of a trained model on text."),
     "generate": Verb("bmojo.cli.generate", "Text from a trained model, as it is made."),
+    "convert": Verb("bmojo.cli.convert", "Models of Llama, Mistral, Qwen, Mamba-2 and others in, and back out."),
+    "export": Verb("bmojo.cli.export", "A sharded checkpoint (FSDP) as a model folder."),
 }
 INTERRUPTED = 130
 

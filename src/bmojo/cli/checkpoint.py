@@ -11,6 +11,7 @@ from bmojo.errors import CheckpointError
 if TYPE_CHECKING:
     from bmojo.nn.model import BMojoLM
 
+TOKENIZER = "tokenizer.json"
 LEVELS = 3  # runs/compare/NAME/tokenizer.json is that of runs/compare/NAME/text/PRESET/model
 
 
@@ -18,7 +19,7 @@ def open_checkpoint(path: Path, tokenizer: str | None) -> tuple[BMojoLM, Tokeniz
     """The model, on the accelerator if there is one, and its tokenizer.
 
     That is the one given, or the nearest tokenizer.json of the model's vocabulary size in its folder or up to LEVELS
-    above it, or bytes if that size is 256.
+    above it, or bytes if that size is 256. One in the model's own folder may have fewer ids: vocabularies are padded.
     Raises CheckpointError if something is missing or doesn't fit.
     """
     import torch
@@ -35,7 +36,8 @@ def open_checkpoint(path: Path, tokenizer: str | None) -> tuple[BMojoLM, Tokeniz
     specs = [tokenizer] if tokenizer else _beside(folder, vocab_size)
     for spec in specs:
         found = load_tokenizer(spec)
-        if found.vocab_size == vocab_size:
+        padded = spec == str(folder.absolute() / TOKENIZER) and found.vocab_size < vocab_size
+        if found.vocab_size == vocab_size or padded:
             return model, found
     raise CheckpointError(
         f"tokenizer {specs[0]} has {load_tokenizer(specs[0]).vocab_size} tokens, the model in {folder} {vocab_size}; "
@@ -46,8 +48,8 @@ def open_checkpoint(path: Path, tokenizer: str | None) -> tuple[BMojoLM, Tokeniz
 def _beside(folder: Path, vocab_size: int) -> list[str]:
     """The tokenizers that may be the model's, nearest first: at least one."""
     folder = folder.absolute()
-    paths = [place / "tokenizer.json" for place in (folder, *folder.parents[:LEVELS])]
+    paths = [place / TOKENIZER for place in (folder, *folder.parents[:LEVELS])]
     specs = [str(path) for path in paths if path.is_file()] + ["bytes"] * (vocab_size == 256)
     if not specs:
-        raise CheckpointError(f"no tokenizer.json beside {folder}; name the model's tokenizer with --tokenizer")
+        raise CheckpointError(f"no {TOKENIZER} beside {folder}; name the model's tokenizer with --tokenizer")
     return specs

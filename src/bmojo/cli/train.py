@@ -54,7 +54,7 @@ def train(
         str, typer.Option(help="'bytes', 'bpe:SIZE' to train one on all of the text, held out or not, or a .json file.")
     ] = "bytes",
     steps: Annotated[int, typer.Option(help="Training steps.")] = 500,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Rows a step; processes of torchrun share them.")] = 8,
     seq_len: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
     seed: Seed = 0,
@@ -73,38 +73,45 @@ def train(
     from bmojo.train import TrainSettings
     from bmojo.train import train as run
     from bmojo.train.checkpoints import require_same_run
+    from bmojo.train.processes import processes
 
     use_threads(threads)
     schedule = TrainSettings(steps=steps, batch_size=batch_size, seq_len=seq_len, learning_rate=lr, seed=seed)
+    state = processes()
+    schedule.rows_per_process(state.num_processes)
     sources = {"text": text, "tokenizer": tokenizer, "errors": errors, "held_out": held_out}
     identity: dict[str, Any] = {"data": sources, "settings": schedule.to_dict()}
-    begun = _begun(out)
-    if begun is not None:
-        require_same_run(begun, identity, out)
-    codec = _make_tokenizer(tokenizer, text, errors, out, made=begun is not None)
-    config = presets.get(model, size, **changes, vocab_size=codec.vocab_size)
-    identity["config"] = config.to_dict()
-    if begun is not None:
-        require_same_run(begun, identity, out)
-        data = reopen(text, out / "data")
-    else:
-        data = prepare(text, codec, out / "data", held_out=held_out, seed=seed, errors=errors)
-        require_length(data, seq_len)
-        if tokenizer == "bytes":
-            (out / "tokenizer.json").unlink(missing_ok=True)  # a leftover would be taken for this model's
-        write_whole(out / "run.json", (json.dumps(identity, indent=1) + "\n").encode())
+    with state.main_process_first():  # for the others of `torchrun -m bmojo train`, the run has begun
+        begun = _begun(out)
+        if begun is not None:
+            require_same_run(begun, identity, out)
+        codec = _make_tokenizer(tokenizer, text, errors, out, made=begun is not None)
+        config = presets.get(model, size, **changes, vocab_size=codec.vocab_size)
+        identity["config"] = config.to_dict()
+        if begun is not None:
+            require_same_run(begun, identity, out)
+            data = reopen(text, out / "data")
+        else:
+            data = prepare(text, codec, out / "data", held_out=held_out, seed=seed, errors=errors)
+            require_length(data, seq_len)
+            if tokenizer == "bytes":
+                (out / "tokenizer.json").unlink(missing_ok=True)  # a leftover would be taken for this model's
+            write_whole(out / "run.json", (json.dumps(identity, indent=1) + "\n").encode())
 
     torch.manual_seed(seed)
     network = BMojoLM(config)
     columns = ("training", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    shown = console.is_terminal and state.is_main_process
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         bar = progress.add_task("", total=steps, loss="")
 
         def show(step: int, loss: float) -> None:
             progress.update(bar, completed=step, loss=f"loss {loss:.3f}")
 
         record = run(network, PackedRows(data.train, seq_len, seed).__getitem__, schedule, out, on_step=show)
+    if not state.is_main_process:
+        return
     parameters = sum(parameter.numel() for parameter in network.parameters())
     print(f"{model} {size}, {parameters:,} parameters, {record.tokens_trained:,} tokens in {record.seconds:.1f} s")
     print(f"loss {record.loss[-1][1]:.3f} nats per token, {record.tokens_per_second:,.0f} tokens/s")

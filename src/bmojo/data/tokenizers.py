@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -153,6 +154,17 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if Path(spec).suffix == ".json" or Path(spec).is_file():
         return FileTokenizer(spec)
     raise DataError(f"unknown tokenizer {spec!r}: {nearest(spec, [ByteTokenizer.name])}, or the path of a .json file")
+
+
+def save_for_transformers(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Writes what `AutoTokenizer` and `pipeline` look for in the folder of a model; it pads on the left."""
+    folder, options = Path(folder), {"padding_side": "left", "clean_up_tokenization_spaces": False}
+    if isinstance(tokenizer, FileTokenizer):
+        write_whole(folder / "tokenizer.json", tokenizer.path.read_bytes())
+        options["tokenizer_class"] = "PreTrainedTokenizerFast"
+    else:
+        options["tokenizer_class"] = "BMojoByteTokenizer"
+    write_whole(folder / "tokenizer_config.json", (json.dumps(options, indent=2) + "\n").encode())
 
 
 def train_bpe(documents: Iterable[Document], vocab_size: int, path: str | Path) -> FileTokenizer:

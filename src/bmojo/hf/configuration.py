@@ -33,9 +33,12 @@ class BMojoConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(self, **fields: Any) -> None:
-        fields = {self.attribute_map.get(name, name): value for name, value in fields.items()}
+        for alias, name in self.attribute_map.items():
+            if alias in fields and fields.setdefault(name, fields[alias]) != fields.pop(alias):
+                raise ConfigError(f"{alias} and {name} are the same setting, got two values; give one of them")
         others = {name: fields.pop(name) for name in list(fields) if name not in _SETTINGS}
-        core = ModelConfig.from_checkpoint({**fields, "format_version": others.pop("format_version", FORMAT_VERSION)})
+        told = {name: others.pop(name) for name in ("model_type", "format_version") if name in others}
+        core = ModelConfig.from_checkpoint(fields | told)
         known = _PASSED | set(PretrainedConfig().to_dict()) | set(dir(PretrainedConfig))
         for name in others:
             if name not in known and not name.startswith("_"):

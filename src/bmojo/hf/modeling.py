@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -70,6 +73,10 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Draw what a checkpoint did not bring; a module knows how (`reset_parameters`), and draws all that it has."""
+        # `resize_token_embeddings` makes plain ones
+        if isinstance(module, nn.Embedding | nn.Linear) and not hasattr(module, "std"):
+            nn.init.normal_(module.weight, std=self.config.initializer_range or module.weight.shape[1] ** -0.5)
+            return
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         loaded = [(tensor, tensor.clone()) for tensor in own if getattr(tensor, "_is_hf_initialized", False)]
         if len(loaded) < len(own) and hasattr(module, "reset_parameters"):
@@ -77,12 +84,18 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
             for tensor, value in loaded:
                 tensor.copy_(value)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """What every way to switch it on or off comes down to. `gradient_checkpointing_func`: torch's, with options."""
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ConfigError(
                 "use_reentrant must be False: the reentrant form loses gradients through a state; leave it out"
             )
-        super().gradient_checkpointing_enable({"use_reentrant": False}, **kwargs)
+        if every_n_layers != 1:
+            raise ConfigError(f"every_n_layers must be 1, got {every_n_layers}: all blocks are checkpointed, or none")
+        self.model.gradient_checkpointing = enable
+        self.model.checkpoint = partial(gradient_checkpointing_func, use_reentrant=False)
 
     # running
     def forward(
@@ -100,14 +113,15 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits [batch, time, vocab_size] of the token after each, the loss if there are `labels`, and the cache.
 
         `labels` [batch, time] are shifted inside, as in all of Transformers: labels[:, i] is what tokens up to i - 1
         predict; -100 is left out. `num_items_in_batch` divides the loss in place of the number of labels.
-        `position_ids` matter where they start again inside a row (rows of packed documents): each start empties the
-        memories, as do changes of `document_ids`. `cache_position` is not needed.
+        In training, the layers' auxiliary losses are added (as means over the same tokens).
+        `position_ids` [batch or 1, time] matter where they start again inside a row (rows of packed documents): each
+        start empties the memories, as do changes of `document_ids`.
+        `past_key_values` is written to, unless `use_cache` is False.
         Raises StateError for a cache of another model, kind or batch size, and for a mask with padding inside a row.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -116,16 +130,19 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
             raise ConfigError("output_attentions is not available: no layer keeps its attention weights")
         inputs = inputs_embeds if input_ids is None else input_ids
         assert inputs is not None
-        use_cache = use_cache if use_cache is not None else self.config.use_cache and not self.training
         cache = past_key_values
+        if use_cache is None:
+            use_cache = cache is not None or (self.config.use_cache and not self.training)
         if cache is not None and not isinstance(cache, BMojoCache):
             raise StateError(
                 f"past_key_values must be a BMojoCache, got {type(cache).__name__}; leave it out to have one made"
             )
         read = 0 if cache is None else cache.get_seq_length()
         mask = None if attention_mask is None else _own_mask(attention_mask, inputs, read)
-        if document_ids is None and position_ids is not None and mask is None and cache is None:
-            document_ids = _documents(position_ids)
+        if document_ids is None and position_ids is not None:
+            document_ids = _documents(position_ids, inputs, mask)
+            if document_ids is not None and cache is not None and cache.is_initialized:
+                raise ConfigError("position_ids start again within a row, behind a cache; give document_ids instead")
         trace = auxiliary_trace(self.model.config) if labels is not None and self.training else None
         wants_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if wants_hidden:
@@ -136,7 +153,7 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
             None if cache is None else cache.take(),
             mask=mask,
             document_ids=document_ids,
-            donate=not torch.is_grad_enabled(),
+            donate=use_cache and not torch.is_grad_enabled(),
             trace=trace,
         )
         if use_cache:
@@ -146,11 +163,15 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.model.logits(features[:, kept])
         loss = None
         if labels is not None:
-            if logits.shape[1] != labels.shape[1]:
-                raise ConfigError("labels need the logits of every token; leave logits_to_keep at 0")
-            predicted = labels[:, 1:] != IGNORED_LABEL
-            loss = cross_entropy(logits[:, :-1][predicted], labels[:, 1:][predicted], num_items_in_batch)
-            loss = loss + auxiliary_loss(self.model.config, trace)
+            if labels.shape != logits.shape[:2]:
+                raise ConfigError(
+                    f"labels must be [batch, time], {tuple(inputs.shape[:2])}, got {tuple(labels.shape)} "
+                    f"for the logits of {logits.shape[1]} tokens; leave logits_to_keep at 0"
+                )
+            count = (labels[:, 1:] != IGNORED_LABEL).sum()
+            total = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), total)
+            loss = loss + auxiliary_loss(self.model.config, trace) * (count / total)
         hidden = None
         if wants_hidden:
             assert trace is not None
@@ -182,15 +203,28 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: BMojoCache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        next_sequence_length: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        """What `forward` is given of `input_ids`, or of `inputs_embeds` and what came after them: what is new.
+
+        Newer versions of Transformers leave out a mask of ones, and say how many tokens are new if not all are.
+        """
         read = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs: dict[str, Any] = {"attention_mask": attention_mask, "past_key_values": past_key_values}
-        if inputs_embeds is not None and read == 0:
-            inputs["inputs_embeds"] = inputs_embeds
+        if inputs_embeds is not None and read < inputs_embeds.shape[1]:
+            inputs["inputs_embeds"] = inputs_embeds[:, read:]
         else:
-            total = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
-            inputs["input_ids"] = input_ids[:, input_ids.shape[1] - (total - read) :]
+            given = input_ids.shape[1]
+            new = given if next_sequence_length is None else next_sequence_length
+            if attention_mask is not None:
+                new = attention_mask.shape[1] - read
+            if not 0 < new <= given:
+                raise StateError(
+                    f"the cache has read {read} tokens; give `generate` those and new ones, or the new ones "
+                    f"and the attention_mask of all; got {given} tokens. BMojoCache(cache.state) takes new ones alone"
+                )
+            inputs["input_ids"] = input_ids[:, given - new :]
         names = ("use_cache", "logits_to_keep", "output_hidden_states", "output_attentions", "return_dict")
         return inputs | {name: kwargs[name] for name in names if name in kwargs}
 
@@ -214,9 +248,14 @@ def _own_mask(attention_mask: Tensor, inputs: Tensor, read: int) -> Tensor | Non
     return None if bool(mask.all()) else mask
 
 
-def _documents(position_ids: Tensor) -> Tensor | None:
-    """[batch, time]: documents counted from 0; None if no row starts again."""
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+def _documents(position_ids: Tensor, inputs: Tensor, mask: Tensor | None) -> Tensor | None:
+    """[batch, time]: documents counted from 0; None if no row starts again. Positions of padding mean nothing."""
+    batch, time = inputs.shape[:2]
+    if position_ids.shape not in ((batch, time), (1, time)):
+        raise ConfigError(f"position_ids must be [batch, time], {(batch, time)}, got {tuple(position_ids.shape)}")
+    starts = (position_ids[:, 1:] != position_ids[:, :-1] + 1).expand(batch, -1)
+    if mask is not None:
+        starts = starts & mask[:, 1:] & mask[:, :-1]
     if not bool(starts.any()):
         return None
     return nn.functional.pad(starts.long().cumsum(1), (1, 0))

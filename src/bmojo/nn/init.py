@@ -61,7 +61,11 @@ class Output(Linear):
 
 
 class Embedding(nn.Embedding):
-    """A row of `size` numbers for each token, drawn from N(0, std^2); std = 1/sqrt(size) if None."""
+    """A row of `size` numbers for each token, drawn from N(0, std^2); std = 1/sqrt(size) if None.
+
+    Given vectors [..., size] in place of tokens, their products with all rows: the head of a model that ties its own to
+    the embedding. It is called, as any head is, because a module that is sharded has its whole weight only then.
+    """
 
     def __init__(self, tokens: int, size: int, std: float | None = None) -> None:
         self.std = size**-0.5 if std is None else std
@@ -70,18 +74,26 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
+
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension."""
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension, or over each of `groups` equal parts of it."""
 
     no_decay = ("weight",)
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, groups: int = 1) -> None:
         super().__init__(size, eps=eps)
+        self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
         exact = at_least_float32(x)
-        return F.rms_norm(exact, self.normalized_shape, self.weight.to(exact.dtype), self.eps).to(x.dtype)
+        weight = self.weight.to(exact.dtype)
+        if self.groups == 1:
+            return F.rms_norm(exact, self.normalized_shape, weight, self.eps).to(x.dtype)
+        parts = exact.unflatten(-1, (self.groups, -1))
+        return (F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * weight).to(x.dtype)
 
 
 class CausalConv(nn.Module):

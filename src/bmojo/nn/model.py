@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -72,7 +74,12 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps) if has_mlp else None
         self.mlp = SwiGLU(config) if has_mlp else None
 
-    def forward(self, x: Tensor, state: State | None, at: Layout | Step, trace: Trace | None) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None, at: Layout | Step, traced: bool = False
+    ) -> tuple[Tensor, State, Trace | None]:
+        """What goes in and comes out are values, the trace too: a block that is sharded, or computed again for its
+        gradients, works on copies of what it is given."""
+        trace = Trace() if traced else None
         normed = self.mixer_norm(x)
         if isinstance(at, Step):
             assert state is not None
@@ -82,14 +89,7 @@ class Block(nn.Module):
         x = x + mixed
         if self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x))  # type: ignore[misc]
-        return x, state
-
-
-def traced(block: Block, x: Tensor, state: State | None, at: Layout | Step) -> tuple[Tensor, State, Trace]:
-    """A block with a trace of its own: run a second time, it notes nothing twice."""
-    trace = Trace()
-    x, state = block(x, state, at, trace)
-    return x, state, trace
+        return x, state, trace
 
 
 def _restored(x: Tensor, at: Layout | Step) -> Tensor:
@@ -110,6 +110,7 @@ class BMojoLM(nn.Module):
     """
 
     gradient_checkpointing = False
+    checkpoint: Callable = staticmethod(partial(checkpoint, use_reentrant=False))
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -175,12 +176,11 @@ class BMojoLM(nn.Module):
             trace.hidden.append(_restored(x, at))
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x, layer, noted = checkpoint(traced, block, x, before, at, use_reentrant=False)
-                if trace is not None:
-                    trace.extend(noted)
-            else:
-                x, layer = block(x, before, at, trace)
+            again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+            run = partial(self.checkpoint, block) if again else block
+            x, layer, noted = run(x, before, at, trace is not None)
+            if trace is not None:
+                trace.extend(noted)
             layers.append(layer)
             if trace is not None and trace.hidden is not None:
                 trace.hidden.append(_restored(x, at))
@@ -190,7 +190,7 @@ class BMojoLM(nn.Module):
         return tokens if tokens.is_floating_point() else self.embed(tokens.long())
 
     def logits(self, features: Tensor) -> Tensor:
-        return F.linear(features, self.embed.weight if self.head is None else self.head.weight)
+        return (self.embed if self.head is None else self.head)(features)
 
     def empty_state(self, batch: int = 1, dtype: torch.dtype | None = None) -> MemoryState:
         """The state before any token."""

@@ -62,7 +62,7 @@ class FadingMemory(nn.Module):
 
 class SSD(FadingMemory):
     """Mamba-2: [z, x, B, C, dt] = W_in u; x, B, C through a short convolution and SiLU; the scan of `ops.ssd`;
-    y = W_out RMSNorm((scan + D x) * SiLU(z)).  Source: Dao and Gu 2024, arXiv 2405.21060."""
+    y = W_out RMSNorm((scan + D x) * SiLU(z)), the norm group by group.  Source: Dao and Gu 2024, arXiv 2405.21060."""
 
     no_decay = ("A_log", "dt_bias", "D")
 
@@ -72,7 +72,7 @@ class SSD(FadingMemory):
         std = config.initializer_range
         self.in_proj = Linear(config.hidden_size, 2 * self.size + 2 * self.bc + self.heads, std)
         self.D = nn.Parameter(torch.empty(self.heads))
-        self.norm = RMSNorm(self.size, config.norm_eps)
+        self.norm = RMSNorm(self.size, config.norm_eps, config.ssm_groups)
         self.out_proj = Output(self.size, config.hidden_size, std)
         self.reset_parameters()
 

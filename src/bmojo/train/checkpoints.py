@@ -2,7 +2,8 @@
 
 checkpoints/checkpoint-N/...           what transformers.Trainer writes: weights, optimiser, scheduler, random states
 checkpoints/checkpoint-N/progress.npy  float64 [N, 3]: loss, seconds, and whether the step's time is typical
-checkpoints/checkpoint-N/complete      JSON: the settings and configuration of the run, peak memory so far
+checkpoints/checkpoint-N/complete      JSON: the settings and configuration of the run, peak memory so far, and the
+                                       names of the other files: Transformers would go on without some of them
 """
 
 from __future__ import annotations
@@ -85,20 +86,27 @@ class Checkpoints:
         if not complete:
             return None, Progress()
         newest = complete[-1]
-        peak = read_json(newest / "complete")["peak_memory_bytes"]
+        marker = read_json(newest / "complete")
         try:
-            return newest, Progress(np.load(newest / "progress.npy"), peak)
-        except (OSError, ValueError, EOFError) as error:
+            for name in marker.get("files", ()):  # older markers have none
+                if not (newest / name).is_file():
+                    raise FileNotFoundError(f"{name} is missing")
+            return newest, Progress(np.load(newest / "progress.npy"), int(marker["peak_memory_bytes"]))
+        except KeyError as error:
+            raise damaged(newest, ValueError(f"its marker lacks {error}")) from error
+        except (OSError, ValueError, TypeError, EOFError) as error:
             raise damaged(newest, error) from error
 
     def complete(self, folder: Path, progress: Progress) -> None:
         """Make the checkpoint in `folder` count, and delete all but the last KEPT."""
         progress.note_memory()
         np.save(folder / "progress.npy", progress.rows())
-        for path in folder.iterdir():
-            _sync(path)
+        files = sorted(path.name for path in folder.iterdir())
+        for name in files:
+            _sync(folder / name)
         marker = folder / "complete.partial"
-        marker.write_text(json.dumps({**self.identity, "peak_memory_bytes": progress.peak_memory_bytes}))
+        notes = {"peak_memory_bytes": progress.peak_memory_bytes, "files": files}
+        marker.write_text(json.dumps({**self.identity, **notes}))
         _sync(marker)
         marker.rename(folder / "complete")
         _sync(folder)

@@ -17,11 +17,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from bmojo.data.packing import IGNORED_LABEL
 from bmojo.errors import BMojoError, DataError
 from bmojo.nn.init import parameter_groups
 from bmojo.nn.model import BMojoLM
 from bmojo.train.checkpoints import Checkpoints, Progress, cannot_write, damaged
 from bmojo.train.loss import next_token_loss
+from bmojo.train.processes import processes
 from bmojo.train.settings import TrainSettings
 
 Rows = Callable[[int], dict[str, np.ndarray]]
@@ -30,19 +32,25 @@ Rows = Callable[[int], dict[str, np.ndarray]]
 DAMAGE = (SafetensorError, UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, EOFError, OSError)
 
 
-class _RowsFrom(Dataset):
-    """A data set whose item i is row `first` + i, so that a resumed run needs not read what it skips."""
+class _Share(Dataset):
+    """What a process reads: of the rows of each step, from step `first` on, as many as all the others, in order.
 
-    def __init__(self, rows: Rows, first: int, total: int) -> None:
-        self.rows, self.first, self.total = rows, first, total
+    A resumed run needs not read what it skips.
+    """
+
+    def __init__(self, rows: Rows, settings: TrainSettings, first: int, process: int, processes: int) -> None:
+        self.rows, self.settings, self.first = rows, settings, first
+        self.size = settings.rows_per_process(processes)
+        self.offset = process * self.size
         self.begun = False
 
     def __len__(self) -> int:
-        return self.total
+        return self.settings.steps * self.size
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         self.begun = True
-        return self.rows(self.first + index)
+        step, place = divmod(index, self.size)
+        return self.rows((self.first + step) * self.settings.batch_size + self.offset + place)
 
 
 class _Objective(nn.Module):
@@ -52,13 +60,16 @@ class _Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        batch = {"tokens": tokens, "labels": labels}
-        return next_token_loss(self.model, batch if document_ids is None else {**batch, "document_ids": document_ids})
+    def forward(self, batch: dict[str, Tensor], predicted: Tensor, share: float) -> Tensor:
+        return next_token_loss(self.model, batch, predicted=predicted, share=share)
 
 
 class NextTokenTrainer(Trainer):
-    """Trains with `next_token_loss` on rows in order; a loss that is not finite ends it with BMojoError."""
+    """Trains with `next_token_loss` on rows in order; a loss that is not finite ends it with BMojoError.
+
+    Several processes share the rows of each step, and take the gradient of the loss of all of them (DDP). The first
+    alone writes, but for the random states; who resumes may be more or fewer.
+    """
 
     def __init__(
         self,
@@ -71,26 +82,29 @@ class NextTokenTrainer(Trainer):
         writer: Any,
     ) -> None:
         self.settings, self.checkpoints, self.progress = settings, checkpoints, progress
-        total = settings.steps * settings.batch_size
-        self.data = _RowsFrom(rows, progress.steps * settings.batch_size, total)
+        state = processes()
+        self.data = _Share(rows, settings, progress.steps, state.process_index, state.num_processes)
         optimizer = torch.optim.AdamW(
             parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=settings.betas
         )
         args = TrainingArguments(
             output_dir=str(checkpoints.folder),
             max_steps=settings.steps,
-            per_device_train_batch_size=settings.batch_size,
+            per_device_train_batch_size=self.data.size,
             max_grad_norm=settings.grad_clip,
             seed=settings.seed,
             save_steps=settings.checkpoint_every,
             logging_steps=settings.log_every,
             logging_nan_inf_filter=False,
-            ignore_data_skip=True,  # _RowsFrom does it
+            ignore_data_skip=True,  # _Share does it
+            ddp_find_unused_parameters=False,
+            ddp_static_graph=True,  # what a batch does not use, no batch does
             remove_unused_columns=False,
             use_cpu=not torch.cuda.is_available(),
             report_to="none",
             disable_tqdm=True,
             log_level="error",
+            log_level_replica="error",
         )
         # Trainer would put the model on all GPUs that it sees, in DataParallel: a loss of each part of the batch where
         # `compute_loss` takes one, and times and memory of several devices. No option says otherwise.
@@ -119,7 +133,7 @@ class NextTokenTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(
             self.data,
-            batch_size=self.settings.batch_size,
+            batch_size=self.data.size,
             collate_fn=self._stack,
             generator=torch.Generator(),  # of its own: drawing a seed for workers would move the global one
         )
@@ -133,8 +147,10 @@ class NextTokenTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss = model(**inputs)
-        value, step = loss.item(), self.progress.steps + 1
+        count = self.accelerator.num_processes
+        predicted = self.accelerator.reduce((inputs["labels"] != IGNORED_LABEL).sum(), "sum").clamp(min=1)
+        loss = model(inputs, predicted, 1 / count)
+        value, step = self.accelerator.reduce(loss.detach(), "sum").item(), self.progress.steps + 1
         if not math.isfinite(value):
             last = f"the last finite one was {self.progress.losses[-1]:.4g}" if step > 1 else "it never was finite"
             raise BMojoError(
@@ -142,13 +158,15 @@ class NextTokenTrainer(Trainer):
                 f"use a lower learning rate (it is {self.settings.learning_rate:g}) or more warmup steps"
             )
         self.progress.losses.append(value)
-        return loss
+        return loss * count  # DDP and the log take the mean over processes, of what is to be summed
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = self.checkpoints.of_step(self.progress.steps)
         try:
             super()._save_checkpoint(model, trial)
-            self.checkpoints.complete(folder, self.progress)
+            self.accelerator.wait_for_everyone()  # now all parts of it are written
+            if self.accelerator.is_main_process:
+                self.checkpoints.complete(folder, self.progress)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the system says
             failure = cannot_write(f"the checkpoint of step {self.progress.steps}", folder, error)
             self.checkpoints.discard(folder)  # after a look at the space left

@@ -19,7 +19,7 @@ class TrainSettings:
     """
 
     steps: int
-    batch_size: int  # rows a step
+    batch_size: int  # rows a step, of all processes together
     seq_len: int  # tokens a row
     learning_rate: float = 3e-3
     min_learning_rate_ratio: float = 0.1
@@ -66,6 +66,15 @@ class TrainSettings:
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.seq_len
+
+    def rows_per_process(self, processes: int) -> int:
+        """Rows of a step for each of so many processes. Raises ConfigError if they can't be shared out evenly."""
+        if self.batch_size % processes:
+            raise ConfigError(
+                f"batch_size must be a multiple of the number of processes ({processes}), which share each batch, "
+                f"got {self.batch_size}"
+            )
+        return self.batch_size // processes
 
     def learning_rate_ratio(self, step: int) -> float:
         """Share of `learning_rate` that step `step` (counted from 0) uses."""

@@ -21,6 +21,7 @@ from bmojo.files import optional_module, write_whole
 from bmojo.nn.model import BMojoLM
 from bmojo.train.checkpoints import Checkpoints, cannot_write, read_json, require_same_run
 from bmojo.train.memory import reset_peak_memory
+from bmojo.train.processes import processes
 from bmojo.train.settings import TrainSettings
 
 
@@ -32,7 +33,7 @@ class TrainRecord:
     tokens_trained: int
     tokens_per_second: float  # of the median step, without the first two of a part
     seconds: float  # in training steps
-    peak_memory_bytes: int  # allocated on the accelerator, or resident in the process on a CPU
+    peak_memory_bytes: int  # allocated on the accelerator, or resident in the process on a CPU; of the first process
 
 
 def train(
@@ -54,7 +55,14 @@ def train(
     to the bit as one that never stopped (same machine and threads, on a CPU). Raises CheckpointError, and overwrites
     nothing, if the folder belongs to other settings or another configuration, or the newest checkpoint is damaged;
     BMojoError if the loss is not finite or the disk is full.
+
+    Started by torchrun, the processes share the rows of each step; all must call this, with the same model and
+    arguments, and see the same folder. The losses are those of all rows, and differ from those of one process in
+    rounding alone. The first process writes, and calls `on_step`; all get the model and the record. Another number of
+    processes may go on. Raises ConfigError if batch_size is not a multiple of their number.
     """
+    state = processes()
+    settings.rows_per_process(state.num_processes)
     folder = Path(folder)
     identity = {"settings": settings.to_dict(), "config": model.config.to_dict()}
     finished = folder / "train.json"
@@ -63,16 +71,18 @@ def train(
         model.load_state_dict(BMojoLM.load(folder / "model").state_dict())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return record
-    checkpoints = Checkpoints(folder / "checkpoints", identity)
-    newest, progress = checkpoints.newest()
+    with state.main_process_first():  # the others find the folder in order
+        checkpoints = Checkpoints(folder / "checkpoints", identity)
+        newest, progress = checkpoints.newest()
     hf = optional_module("bmojo.train.hf", "training")
     writer = None
     try:
         checkpoints.folder.mkdir(parents=True, exist_ok=True)
-        if tensorboard:
+        if tensorboard and state.is_main_process:
             summary = optional_module("torch.utils.tensorboard", "logging to TensorBoard").SummaryWriter
             writer = summary(str(folder / "tensorboard"), purge_step=progress.steps + 1)
-        trainer = hf.NextTokenTrainer(model, rows, settings, checkpoints, progress, on_step, writer)
+        watcher = on_step if state.is_main_process else None
+        trainer = hf.NextTokenTrainer(model, rows, settings, checkpoints, progress, watcher, writer)
         reset_peak_memory()
         trainer.go_on(newest)
         progress.note_memory()
@@ -90,10 +100,12 @@ def train(
         seconds=float(sum(progress.seconds)),
         peak_memory_bytes=progress.peak_memory_bytes,
     )
-    model.save(folder / "model")
-    write_whole(finished, (json.dumps({"record": asdict(record), **identity}, indent=1) + "\n").encode())
-    shutil.rmtree(checkpoints.folder, ignore_errors=True)
-    return record
+    if state.is_main_process:
+        model.save(folder / "model")
+        write_whole(finished, (json.dumps({"record": asdict(record), **identity}, indent=1) + "\n").encode())
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
+    state.wait_for_everyone()
+    return _finished(finished, identity)
 
 
 def _finished(path: Path, identity: dict[str, Any]) -> TrainRecord:
