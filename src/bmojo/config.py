@@ -17,7 +17,7 @@ CHECKPOINT_ENTRIES = frozenset({
     "format_version", "id2label", "is_encoder_decoder", "label2id", "model_type", "output_attentions",
     "output_hidden_states", "pad_token_id", "problem_type", "quantization_config", "return_dict", "tie_word_embeddings",
     "torch_dtype", "transformers_version", "use_cache"})  # fmt: skip
-LAYERS = ("attention", "ssm", "bmojo")
+LAYERS = ("attention", "full", "ssm", "bmojo")
 SSMS = ("ssd", "gdn")
 FADINGS = ("window", "summary")
 POSITIONS = ("true", "compact")
@@ -38,6 +38,7 @@ class ModelConfig:
     `pattern` names the kind of each layer and is repeated over the depth:
 
     - `"attention"` reads the window alone (`window=None`: the whole past, a Transformer);
+    - `"full"` reads the whole past, whatever the window of the other layers;
     - `"ssm"` reads the fading state alone (Mamba-2, gated delta net);
     - `"bmojo"` reads window, fading tokens and eidetic slots in one softmax.
 
@@ -74,6 +75,7 @@ class ModelConfig:
     ssm_state_size: int = 16
     ssm_groups: int = 1  # heads that share B and C (ssd), or q and k (gdn), come in this many groups
     ssm_conv: int = 4
+    ssm_norm_eps: float | None = None  # of the norm inside the SSM; None: norm_eps
     fading: str = "window"  # "summary": one y per chunk
     fading_span: int = 0
 
@@ -95,9 +97,9 @@ class ModelConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("norm_eps", "rope_theta", "innovation_forgetting", "head_loss_weight", "eidetic_threshold",
-                     "eidetic_decay", "initializer_range"):  # fmt: skip
+                     "eidetic_decay", "initializer_range", "ssm_norm_eps"):  # fmt: skip
             value = getattr(self, name)
-            optional = name == "initializer_range" and value is None
+            optional = name in ("initializer_range", "ssm_norm_eps") and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ConfigError(f"{name} must be a number, got {value!r}")
         if not self.num_kv_heads:
@@ -175,9 +177,9 @@ class ModelConfig:
         for name in ("eidetic_threshold", "head_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("rope_theta", "norm_eps", "initializer_range"):
+        for name in ("rope_theta", "norm_eps", "initializer_range", "ssm_norm_eps"):
             value = getattr(self, name)
-            if not (name == "initializer_range" and value is None) and not 0 < value < math.inf:
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be above 0, got {value}")
 
     def _whole_chunks(self, name: str, value: int, *, least: int) -> None:
@@ -196,6 +198,10 @@ class ModelConfig:
         reads_ssm = eidetic and self.innovation in ("state", "head")
         return Parts(kind == "ssm" or fading or reads_ssm, kind != "ssm", fading, eidetic)
 
+    def window_of(self, kind: str) -> int | None:
+        """The window of a layer of this kind; None: the whole past."""
+        return None if kind == "full" else self.window
+
     @property
     def unused(self) -> set[str]:
         """The settings that no layer of the pattern reads."""
@@ -205,8 +211,10 @@ class ModelConfig:
         if not any(part.ssm for part in has):
             idle |= {name for name in names if name.startswith("ssm")}
         if not any(part.attention for part in has):
-            idle |= {"num_heads", "num_kv_heads", "head_dim", "window", "qkv_bias", "qk_norm", "rope_theta"}
+            idle |= {"num_heads", "num_kv_heads", "head_dim", "qkv_bias", "qk_norm", "rope_theta"}
             idle |= {"conv_size"}
+        if all(kind in ("ssm", "full") for kind in self.pattern):
+            idle.add("window")
         if not any(part.fading for part in has):
             idle |= {"fading", "tie_sources"}
         if not any(part.eidetic for part in has):

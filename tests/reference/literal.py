@@ -83,7 +83,10 @@ def ssd(config, w: dict[str, Array], u: Array) -> tuple[Array, Array]:
             y[n] = C[g] @ h[n] + w["D"][n] * x[n]
         gated = y.reshape(-1) * silu(z[t])
         parts = zip(np.split(gated, groups), np.split(w["norm.weight"], groups), strict=True)
-        ys.append(w["out_proj.weight"] @ np.concatenate([rms_norm(part, own, config.norm_eps) for part, own in parts]))
+        ys.append(
+            w["out_proj.weight"]
+            @ np.concatenate([rms_norm(part, own, config.ssm_norm_eps or config.norm_eps) for part, own in parts])
+        )
         errors.append(error)
     return np.array(ys), np.array(errors)
 
@@ -95,6 +98,7 @@ def gated_delta(config, w: dict[str, Array], u: Array) -> tuple[Array, Array]:
     qkv, z, b, a = np.split(u @ w["in_proj.weight"].T, ends, axis=1)
     qkv = silu(causal_conv(qkv, w["conv.weight"]))
     S = np.zeros((heads, N, P))
+    inner_eps = config.ssm_norm_eps or config.norm_eps
     ys, errors = [], []
     for t in range(len(u)):
         q = qkv[t, : groups * N].reshape(groups, N)
@@ -109,7 +113,7 @@ def gated_delta(config, w: dict[str, Array], u: Array) -> tuple[Array, Array]:
             beta = 1 / (1 + math.exp(-b[t, n]))
             S[n] *= math.exp(-math.exp(w["A_log"][n]) * softplus(a[t, n] + w["dt_bias"][n]))
             S[n] += np.outer(key, beta * (v[n] - key @ S[n]))
-            out[n] = rms_norm(query @ S[n], w["norm.weight"], config.norm_eps) * silu(z[t].reshape(heads, P)[n])
+            out[n] = rms_norm(query @ S[n], w["norm.weight"], inner_eps) * silu(z[t].reshape(heads, P)[n])
         ys.append(w["out_proj.weight"] @ out.reshape(-1))
         errors.append(error)
     return np.array(ys), np.array(errors)
@@ -179,7 +183,7 @@ def literal_mixer(mixer: Mixer, x: Array) -> Reading:
         return Reading(y)
     shifted = causal_conv(x, w["conv.weight"]) if config.conv_size else x
 
-    T, P, C, W = len(x), config.head_dim, config.chunk_size, config.window
+    T, P, C, W = len(x), config.head_dim, config.chunk_size, None if kind == "full" else config.window
     F = config.fading_span if kind == "bmojo" else 0
     E = config.eidetic_slots if kind == "bmojo" else 0
     theta, eps, heads, kv = config.rope_theta, config.norm_eps, config.num_heads, config.num_kv_heads

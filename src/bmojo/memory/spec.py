@@ -69,7 +69,8 @@ def layer_spec(config: ModelConfig, kind: str, context: int = 0) -> dict[str, En
     if config.conv_size:
         spec["conv"] = Entry((config.conv_size - 1, config.hidden_size), "verbatim")
     blocks = -(-context // CACHE_BLOCK)
-    spec |= pair("", blocks * CACHE_BLOCK if config.window is None else config.window)
+    window = config.window_of(kind)
+    spec |= pair("", blocks * CACHE_BLOCK if window is None else window)
     if has.fading:
         spec |= pair("fading_", fading_entries(config))
     if has.eidetic:

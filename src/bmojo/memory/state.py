@@ -153,7 +153,7 @@ def _layers(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tupl
         layer = {}
         for name, entry in layer_spec(config, kind).items():
             tensor = tensors.get(f"layers.{i}.{name}")
-            grows = kind == "attention" and config.window is None and name in ("k", "v")
+            grows = name in ("k", "v") and config.window_of(kind) is None
             shape = None if tensor is None else tuple(tensor.shape[2 if grows else 1 :])
             if tensor is None or shape != entry.shape[grows:]:
                 raise StateError(

@@ -72,10 +72,11 @@ def layer_flops(config: ModelConfig, kind: str, context: int) -> int:
     if has.attention:
         wide, keys = config.num_heads * size, config.num_kv_heads * size
         multiply_adds += hidden * (2 * wide + 2 * keys)
-        seen = context + 1 if config.window is None else min(config.window, context + 1)
-        if kind == "bmojo" and config.window is not None:
-            fading = max(0, min(config.fading_span, context + 1 - config.window)) // config.fading_stride
-            seen += fading + max(0, min(config.eidetic_slots, context + 1 - config.window))
+        window = config.window_of(kind)
+        seen = context + 1 if window is None else min(window, context + 1)
+        if kind == "bmojo" and window is not None:
+            fading = max(0, min(config.fading_span, context + 1 - window)) // config.fading_stride
+            seen += fading + max(0, min(config.eidetic_slots, context + 1 - window))
             if has.fading:
                 multiply_adds += 2 * hidden * keys // config.fading_stride
                 multiply_adds += 0 if config.tie_sources else hidden * wide

@@ -15,7 +15,8 @@ in ONE softmax, to
 so no token is seen twice and none falls between. With `conv_size`, keys are made from a short causal convolution of
 x, queries and values from x itself: a stored value then carries the key it came under.
 Chunks, padding and documents: `bmojo.memory.layout`.
-A layer of kind "ssm" gives y itself; one of kind "attention" has the window alone, or everything (window=None).
+A layer of kind "ssm" gives y itself; one of kind "attention" has the window alone (window=None: everything), one of
+kind "full" everything.
 
 The state of a layer is a dict of tensors, batch first: `bmojo.memory.spec` names them.
 """
@@ -62,6 +63,7 @@ class Mixer(nn.Module):
     def __init__(self, config: ModelConfig, index: int = 0) -> None:
         super().__init__()
         self.config, self.kind = config, config.kinds[index]
+        self.window = config.window_of(self.kind)
         has = config.parts(self.kind)
         self.has_fading = has.fading
         self.innovation = Innovation(config, index) if has.eidetic else None
@@ -140,7 +142,7 @@ class Mixer(nn.Module):
             new["conv"] = layout.tail(extended, self.conv.lags)
         q = self._queries(x, layout)
         k, v = self._keys(shifted, x, self._rope(layout, x.dtype))
-        if self.config.window is None:
+        if self.window is None:
             o, part = self._read_everything(q, k, v, state, layout)
         else:
             o, part = self._read_memories(q, k, v, shifted, y, prediction, state, layout, trace)
@@ -248,7 +250,7 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, State]:  # fmt: skip
         """Every chunk of queries against [eidetic slots | fading | window], as one batch of dense blocks."""
         config, N = self.config, layout.chunks
-        W, F, stride = config.window, config.fading_span, config.fading_stride
+        W, F, stride = self.window, config.fading_span, config.fading_stride
         assert W is not None
         k, v = (layout.history(None if state is None else state[n], z, W) for n, z in (("k", k), ("v", v)))
         keys, values = [blocks(k, N, layout.chunk, W)], [blocks(v, N, layout.chunk, W)]
@@ -351,10 +353,10 @@ class Mixer(nn.Module):
         state: State, at: Step, trace: Trace | None,
     ) -> tuple[Tensor, State]:  # fmt: skip
         config = self.config
-        if config.window is None:
+        if self.window is None:
             new = {name: at.put(at.room(state[name]), at.position, z) for name, z in (("k", k), ("v", v))}
             return self._attend_step(q, [new["k"]], [new["v"]], [at.reachable_in_cache(new["k"].shape[1])]), new
-        W, F, stride = config.window, config.fading_span, config.fading_stride
+        W, F, stride = self.window, config.fading_span, config.fading_stride
         new = {"k": at.put_in_ring(state["k"], k), "v": at.put_in_ring(state["v"], v)}
         keys, values, masks = [new["k"]], [new["v"]], [at.reachable(W, 1, 0, W)]
         if self.has_fading:

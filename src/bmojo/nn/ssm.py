@@ -40,6 +40,7 @@ class FadingMemory(nn.Module):
         self.heads, self.head_dim = config.ssm_heads, config.ssm_head_dim
         self.groups, self.state_size = config.ssm_groups, config.ssm_state_size
         self.size, self.chunk_size = config.ssm_size, config.chunk_size
+        self.norm_eps = config.norm_eps if config.ssm_norm_eps is None else config.ssm_norm_eps
         self.conv = CausalConv(channels, config.ssm_conv, bias=conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(self.heads))
         self.A_log = nn.Parameter(torch.empty(self.heads))
@@ -72,7 +73,7 @@ class SSD(FadingMemory):
         std = config.initializer_range
         self.in_proj = Linear(config.hidden_size, 2 * self.size + 2 * self.bc + self.heads, std)
         self.D = nn.Parameter(torch.empty(self.heads))
-        self.norm = RMSNorm(self.size, config.norm_eps, config.ssm_groups)
+        self.norm = RMSNorm(self.size, self.norm_eps, config.ssm_groups)
         self.out_proj = Output(self.size, config.hidden_size, std)
         self.reset_parameters()
 
@@ -136,7 +137,7 @@ class GatedDeltaNet(FadingMemory):
         super().__init__(config, config.ssm_size + 2 * self.qk, conv_bias=False)
         std = config.initializer_range
         self.in_proj = Linear(config.hidden_size, 2 * self.size + 2 * self.qk + 2 * self.heads, std)
-        self.norm = RMSNorm(self.head_dim, config.norm_eps)
+        self.norm = RMSNorm(self.head_dim, self.norm_eps)
         self.out_proj = Output(self.size, config.hidden_size, std)
         self.reset_parameters()
 
