@@ -10,10 +10,10 @@ compare: .venv/ok
 	$(BIN)/bmojo compare
 
 test: .venv/ok
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: .venv/ok
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 # The same interface with the oldest Transformers that pyproject.toml allows, and the oldest of what else training needs.
 test-lowest: .venv-lowest/ok
@@ -21,7 +21,7 @@ test-lowest: .venv-lowest/ok
 
 # Lines of the core that no test runs; below 95 % it fails.
 coverage: .venv/ok
-	$(BIN)/pytest -n 2 $(addprefix --cov=bmojo.,ops nn memory hf convert) --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(BIN)/pytest -n 2 --dist loadfile $(addprefix --cov=bmojo.,ops nn memory hf convert) --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 # Does a test fail when ops/ or memory/ is changed in one place? About an hour on one core; see docs/mutation.md.
 mutation: .venv/ok

@@ -121,3 +121,8 @@ def test_a_terminal_shows_bars():
     assert "scoring held-out text" in shown
     assert "1.500 bits per byte, 2,000 tokens/s" in shown
     assert "100%" in shown
+
+
+def test_several_processes_are_refused(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "compare runs in one process" in refused("compare")

@@ -63,3 +63,13 @@ def test_a_tokenizer_that_is_too_small_is_taken_from_the_models_own_folder_alone
     assert "has 265 tokens, the model in" in refused("generate", tmp_path / "ours", "--prompt", "a")
     tokenizer.rename(tmp_path / "ours/model/tokenizer.json")
     assert bmojo("generate", tmp_path / "ours", "--prompt", "a", "--max-new-tokens", 1)[0] == 0
+
+
+def test_a_run_is_converted_with_its_tokenizer(tmp_path, bmojo, corpus, run_options):
+    run, target = tmp_path / "run", tmp_path / "llama"
+    train_bpe(read_documents(str(corpus)), 260, tmp_path / "bpe.json")
+    plain = ["--preset", "transformer", "--tokenizer", tmp_path / "bpe.json"]
+    options = run_options[: run_options.index("ssm_head_dim=16") - 1]
+    assert bmojo("train", "--out", run, "--text", corpus, *plain, *options)[0] == 0
+    assert bmojo("convert", run, target, "--to", "llama")[0] == 0
+    assert (target / "tokenizer.json").read_bytes() == (run / "tokenizer.json").read_bytes()

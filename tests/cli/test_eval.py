@@ -63,7 +63,7 @@ def test_refuses(run_folder, tmp_path, refused, corpus):
 def test_a_model_without_its_tokenizer_is_refused(tmp_path, refused, corpus, run_folder):
     model = BMojoLM(BMojoLM.load(run_folder / "model").config.replace(vocab_size=300))
     model.save(tmp_path / "model")
-    assert "name the model's tokenizer with --tokenizer" in refused("eval", tmp_path / "model", "--text", corpus)
+    assert "name the tokenizer that the model was trained with" in refused("eval", tmp_path / "model", "--text", corpus)
 
 
 def test_the_tokenizer_must_have_the_size_of_the_vocabulary(tmp_path, refused, bmojo, corpus, run_folder):
@@ -73,10 +73,10 @@ def test_the_tokenizer_must_have_the_size_of_the_vocabulary(tmp_path, refused, b
     BMojoLM(config.replace(vocab_size=300)).save(tmp_path / "model")
     message = f"tokenizer {path} has 260 tokens, the model in"
     assert message in refused("eval", tmp_path / "model", "--text", corpus, "--tokenizer", path)
-    assert message in refused("eval", tmp_path / "model", "--text", corpus)
+    assert f"{path} has 260 tokens; name" in refused("eval", tmp_path / "model", "--text", corpus)
     BMojoLM(config.replace(vocab_size=260)).save(tmp_path / "text/bmojo/model")
     assert bmojo("eval", tmp_path / "text/bmojo/model", "--text", corpus)[0] == 0
     BMojoLM(config).save(tmp_path / "bytes")
     assert bmojo("eval", tmp_path / "bytes", "--text", corpus)[0] == 0
     BMojoLM(config.replace(vocab_size=260)).save(tmp_path / "too/far/away/from/it")
-    assert "no tokenizer.json beside" in refused("eval", tmp_path / "too/far/away/from/it", "--text", corpus)
+    assert "no tokenizer.json of 260 tokens in" in refused("eval", tmp_path / "too/far/away/from/it", "--text", corpus)

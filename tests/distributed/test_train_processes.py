@@ -59,7 +59,7 @@ def test_what_two_processes_began_two_end(whole, stopped, tmp_path, torchrun):
     folder, results = tmp_path / "run", tmp_path / "losses.json"
     shutil.copytree(stopped, folder)
     done = torchrun(2, SCRIPT, folder, results)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (0, "", "")
     losses = {int(step): loss for step, loss in json.loads(results.read_text()).items()}
     assert losses == pytest.approx({step: whole[2][step] for step in range(6, 13)}, abs=1e-5, rel=0)
     assert sorted(path.name for path in folder.iterdir()) == ["model", "train.json"]
@@ -79,7 +79,7 @@ def test_the_command_line(tmp_path, torchrun):
                "--set", "num_layers=1", "--set", "ssm_head_dim=16"]  # fmt: skip
     assert main(["train", "--out", str(tmp_path / "one"), *options]) == 0
     done = torchrun(2, "-m", "bmojo", "train", "--out", tmp_path / "two", *options)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr.strip()) == (0, "")
     assert [line.partition(" ")[0] for line in done.stdout.splitlines()] == ["bmojo", "loss", "in", "next:"]
     folders = [tmp_path / name for name in ("one", "two")]
     names = [{path.name for path in folder.iterdir()} for folder in folders]

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bmojo import BMojoLM
+
 PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
 
 
@@ -26,4 +28,5 @@ def test_the_page_for_users(tmp_path, monkeypatch, capsys):
     assert "trainable params" in printed
     assert (tmp_path / "trained" / "model.safetensors").is_file()
     assert (tmp_path / "trained" / "tokenizer_config.json").is_file()
+    assert BMojoLM.load(tmp_path / "trained").config == names["model"].config.core
     assert names["answer"].shape[1] <= 28

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from bmojo import BMojoByteTokenizer, BMojoConfig, BMojoForCausalLM, BMojoLM, presets
 from bmojo.errors import CheckpointError, ConfigError
+from bmojo.hf.registration import register
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -230,3 +231,17 @@ def test_settings_changed_on_loading_are_checked(tmp_path):
 def test_the_tokenizer_of_a_folder_without_one(tmp_path):
     BMojoLM(presets.swa("tiny")).save(tmp_path)
     assert type(AutoTokenizer.from_pretrained(tmp_path)) is BMojoByteTokenizer
+
+
+def test_placed_on_a_device_on_loading(tmp_path):
+    model = hf_model("bmojo", torch.float32)
+    model.save_pretrained(tmp_path)
+    placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    assert torch.equal(placed(draw_tokens(2, 9)).logits, model(draw_tokens(2, 9)).logits)
+
+
+def test_registered_again_in_a_process_that_has_both():
+    before = list(sys.meta_path)
+    register()
+    assert sys.meta_path == before
+    assert type(AutoConfig.for_model("bmojo")) is BMojoConfig

@@ -200,6 +200,8 @@ def test_states_of_others_are_refused():
         model(draw_tokens(3, 6), past_key_values=BMojoCache(state))
     with pytest.raises(StateError, match=r"eidetic_slots is 7 here and 5 in the state"):
         hf_model("bmojo", eidetic_slots=7)(draw_tokens(2, 6), past_key_values=BMojoCache(state))
+    with pytest.raises(StateError, match=r"float64.*float32"):
+        hf_model("bmojo", torch.float32)(draw_tokens(2, 6), past_key_values=BMojoCache(state))
     out = model(draw_tokens(2, 6))
     with pytest.raises(ConfigError, match=r"position_ids start again within a row, behind a cache; give document_ids"):
         model(draw_tokens(2, 6), position_ids=torch.tensor([[6, 7, 0, 1, 2, 3]]), past_key_values=out.past_key_values)

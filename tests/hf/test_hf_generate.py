@@ -170,6 +170,19 @@ def test_what_generate_gives_on_request(bmojo):
         bmojo.generate(draw_tokens(2, 7), **GREEDY, return_dict_in_generate=True, output_attentions=True)
 
 
+@pytest.mark.parametrize("name", ["hybrid", "gdn", "bmojo"])
+def test_half_precision(name):
+    model = hf_model(name, torch.bfloat16)
+    prompt, mask = left_padded([draw_tokens(1, 11), draw_tokens(1, 6, seed=1)])
+    out = model.generate(
+        prompt, attention_mask=mask, pad_token_id=0, **GREEDY, return_dict_in_generate=True, output_logits=True
+    )
+    assert torch.cat(out.logits).isfinite().all()
+    kept = {name: tensor.dtype for layer in out.past_key_values.state.layers for name, tensor in layer.items()}
+    assert kept.get("ssm", torch.float32) == torch.float32
+    assert kept.get("k", torch.bfloat16) == torch.bfloat16
+
+
 def test_streams_text(capsys):
     model, tokenizer = hf_model("bmojo", torch.float32, vocab_size=256), BMojoByteTokenizer()
     prompt = tokenizer(["Käse"], return_tensors="pt")
@@ -224,14 +237,15 @@ def test_a_cache_that_has_read_more_than_it_is_given_is_refused(bmojo):
 
 def test_a_cache(bmojo):
     cache = BMojoCache()
-    assert (len(cache), cache.is_initialized, cache.state) == (0, False, None)
+    assert (len(cache), cache.is_initialized, cache.state, cache.batch_size) == (0, False, None, -1)
     assert repr(cache) == "BMojoCache(0 tokens read, empty)"
     cache.reorder_cache(torch.tensor([0]))
     cache.batch_repeat_interleave(2)
     with torch.no_grad():
         bmojo(draw_tokens(2, 7), past_key_values=cache)
     assert (len(cache), cache.is_initialized, cache.get_seq_length(), cache.get_seq_length(1)) == (2, True, 7, 7)
-    assert (cache.get_max_cache_shape(), cache.is_compileable) == (-1, False)
+    assert (cache.batch_size, cache.get_max_cache_shape()) == (2, -1)
+    assert (cache.is_compileable, cache.is_croppable) == (False, False)
     assert repr(cache) == f"BMojoCache(7 tokens read, 2 rows, {cache.state.nbytes:,} bytes)"
     before = cache.state
     cache.batch_select_indices([1])

@@ -49,6 +49,24 @@ def test_lora(name, targets, tied, tmp_path):
         close(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(tokens).logits, out.logits, 1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_with_trained_embeddings(tied, tmp_path):
+    base = hf_model("swa", torch.float32, tie_embeddings=tied)
+    options = {"r": 2, "target_modules": ATTENTION, "modules_to_save": ["embed"], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, LoraConfig(**options)).eval()
+    tokens = draw_tokens(2, 11)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= parameter.grad
+        expected = model(input_ids=tokens).logits
+        model.save_pretrained(tmp_path)
+        plain = hf_model("swa", torch.float32, tie_embeddings=tied)
+        assert not torch.allclose(plain(tokens).logits, expected, atol=1e-3)
+        close(PeftModel.from_pretrained(plain, tmp_path).eval()(input_ids=tokens).logits, expected, 1e-6)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trainer_trains_adapters_alone(checkpointing, tmp_path):
     model = adapted("bmojo", ATTENTION + SSM)

@@ -1,5 +1,6 @@
 """Training by Transformers: Trainer, gradient checkpointing, accumulation, embeddings of another size, LoRA."""
 
+import copy
 import warnings
 
 import pytest
@@ -138,6 +139,7 @@ def test_gradient_checkpointing_runs_each_block_again():
     enable(model, {"preserve_rng_state": False})
     model(draw_tokens(2, 9), labels=draw_tokens(2, 9)).loss.backward()
     assert len(calls) == 2
+    assert copy.deepcopy(model).model.gradient_checkpointing
     getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
     assert not model.model.gradient_checkpointing
     model(draw_tokens(2, 9), labels=draw_tokens(2, 9)).loss.backward()

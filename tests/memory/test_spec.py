@@ -53,6 +53,8 @@ def test_what_a_layer_has_not_it_does_not_store():
     assert table(attention) == COUNTERS | WINDOW
     for context, rows in ((0, 0), (1, CACHE_BLOCK), (CACHE_BLOCK, CACHE_BLOCK), (CACHE_BLOCK + 1, 2 * CACHE_BLOCK)):
         assert table(attention.replace(window=None), context)["k"] == (rows, 2, 10, "verbatim")
+    full = config.replace(pattern=["full"], fading_span=0, eidetic_slots=0)  # whatever the window of other layers
+    assert table(full, 3) == COUNTERS | WINDOW | {name: (256, 2, 10, "verbatim") for name in "kv"}
     assert CACHE_BLOCK == 256
 
 

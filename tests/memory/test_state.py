@@ -234,10 +234,13 @@ def test_a_note_is_found_again(tmp_path, state):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_kind_of_state_comes_back(tmp_path, preset):
-    with torch.no_grad():
-        state = make_model(small_preset(preset), dtype=torch.float32)(draw_tokens(2, 13))[1]
-    state.save(tmp_path / "state")
-    same_state(MemoryState.load(tmp_path / "state"), state, 0)
+    config = small_preset(preset)
+    mixed = config.replace(pattern=["full", *config.pattern], num_layers=len(config.pattern) + 1)
+    for each in (config, mixed):
+        with torch.no_grad():
+            state = make_model(each, dtype=torch.float32)(draw_tokens(2, 13))[1]
+        state.save(tmp_path / "state")
+        same_state(MemoryState.load(tmp_path / "state"), state, 0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from bmojo import presets
 from bmojo.cli.options import Errors, Seed, Text, Threads, use_threads
 from bmojo.data import load_tokenizer
+from bmojo.errors import ConfigError
 
 FOLDER = Path("runs/compare")
 
@@ -37,6 +39,8 @@ def compare(
     from bmojo.compare.report import summary_table
 
     use_threads(threads)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("compare runs in one process, as it measures time and memory; start it without torchrun")
     made = name or re.sub(r"[^\w.-]+", "-", f"{profile}-{Path(text).name or text}")
     job = Job(
         folder=FOLDER / made,

@@ -39,6 +39,7 @@ from bmojo.convert.source import (
     token_ids,
 )
 from bmojo.errors import nearest
+from bmojo.nn.count import parameters
 from bmojo.nn.model import BMojoLM
 
 Opened = tuple[ModelConfig, Callable[[], dict[str, Tensor]]]
@@ -50,7 +51,8 @@ FORMATS: dict[str, Format] = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was done. `source_format` and `target_format`: a model_type each; `config`: the model in our terms."""
+    """What was done. `source_format` and `target_format`: a model_type each; `config`, `parameters`: of the model
+    in our terms."""
 
     source_format: str
     target_format: str
@@ -92,7 +94,7 @@ def convert(
 ) -> Conversion:
     """Convert the model in `source` to a new folder `target`, which appears whole or not at all.
 
-    source: a folder in the layout of Transformers or of `BMojoLM.save`, a .gguf file, or a name on the hub.
+    source: a folder of Transformers or of `BMojoLM.save`, a run of `bmojo train`, a .gguf file, or a name on the hub.
     to: "bmojo" (the default) or a name of `FORMATS`. window: cuts full attention to a sliding window.
     dtype: of the weights that are written; None keeps the source's. Tokenizer files are taken along.
     Raises ConversionError for what can't be read or held, before anything is written.
@@ -109,10 +111,13 @@ def convert(
             raise ConversionError(
                 f"{folder} is a bmojo model already; name a format to convert it to: {', '.join(FORMATS)}"
             )
-        config, read = _open_ours(folder, window) if found == OURS else _open_theirs(folder, settings, window)
+        config, read = _open_ours(folder, settings, window) if found == OURS else _open_theirs(folder, settings, window)
         ends = token_ids(folder, settings)
         content = None if format is None else {**format.write(config), **ends}
-        tensors = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in read().items()}
+        tensors = {
+            name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            for name, tensor in read().items()
+        }
         with _appearing(target) as place:
             if format is None or content is None:
                 _write_ours(place, config, tensors)
@@ -126,7 +131,7 @@ def convert(
             source_format=found,
             target_format=OURS if format is None else format.name,
             config=config,
-            parameters=sum(tensor.numel() for tensor in tensors.values()),
+            parameters=parameters(config),
             dtype=", ".join(sorted({_dtype_name(tensor) for tensor in tensors.values()})),
             target=target,
             nbytes=sum(path.stat().st_size for path in target.iterdir()),
@@ -148,14 +153,13 @@ def _open_theirs(folder: Path, settings: dict[str, Any], window: int | None) -> 
     return config, lambda: import_tensors(format, config, weights)
 
 
-def _open_ours(folder: Path, window: int | None) -> Opened:
-    model = BMojoLM.load(folder)
-    config = model.config
+def _open_ours(folder: Path, settings: dict[str, Any], window: int | None) -> Opened:
+    config = ModelConfig.from_checkpoint(settings)
     if window is not None:
         if "bmojo" in config.kinds or "attention" not in config.kinds:
             raise ConversionError(f"window={window} can be forced on attention layers alone; {folder} has other ones")
         config = config.replace(window=window, chunk_size=chunk_size(window))
-    return config, model.state_dict
+    return config, lambda: BMojoLM.load(folder).state_dict()
 
 
 def _write_ours(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> None:

@@ -59,7 +59,8 @@ def locate(source: str | Path, work: Path) -> Path:
     if path.suffix == ".gguf":
         return _unpack_gguf(path, work)
     if path.is_dir():
-        return path
+        inner = path / "model"  # of a run of `bmojo train`
+        return inner if (inner / CONFIG).is_file() and not (path / CONFIG).is_file() else path
     if path.exists():
         raise ConversionError(f"{path} is a file; expected a model's folder, a .gguf file or a name on the hub")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
@@ -104,8 +105,13 @@ def read_weights(folder: Path) -> Weights:
     return Weights(files)
 
 
-def companions(folder: Path) -> tuple[Path, ...]:
-    return tuple(sorted(path for pattern in COMPANIONS for path in folder.glob(pattern)))
+def companions(folder: Path) -> list[Path]:
+    """The files that are taken along. The tokenizer of a run of `bmojo train` lies above its model."""
+    found = sorted(path for pattern in COMPANIONS for path in folder.glob(pattern))
+    above = folder.parent / "tokenizer.json"
+    if folder.name == "model" and above.is_file() and not (folder / above.name).is_file():
+        found.append(above)
+    return found
 
 
 def token_ids(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

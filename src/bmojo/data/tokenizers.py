@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bmojo.data.documents import Document
-from bmojo.errors import DataError, nearest
+from bmojo.errors import CheckpointError, DataError, nearest
 from bmojo.files import write_whole
 
+TOKENIZER = "tokenizer.json"
+LEVELS = 3  # runs/compare/NAME/tokenizer.json is that of runs/compare/NAME/text/PRESET/model
 _REPLACEMENT = "\ufffd"
 
 
@@ -156,11 +158,33 @@ def load_tokenizer(spec: str) -> Tokenizer:
     raise DataError(f"unknown tokenizer {spec!r}: {nearest(spec, [ByteTokenizer.name])}, or the path of a .json file")
 
 
+def find_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of the model in `folder`: the nearest tokenizer.json of its size there or up to LEVELS above, or
+    bytes if the size is 256. One in the folder itself may have fewer ids, as vocabularies are padded.
+
+    Raises CheckpointError if there is none.
+    """
+    folder = folder.absolute()
+    found = []
+    for place in (folder, *folder.parents[:LEVELS]):
+        if (place / TOKENIZER).is_file():
+            tokenizer = FileTokenizer(place / TOKENIZER)
+            if tokenizer.vocab_size == vocab_size or (place == folder and tokenizer.vocab_size < vocab_size):
+                return tokenizer
+            found.append(f"; {tokenizer.path} has {tokenizer.vocab_size} tokens")
+    if vocab_size == ByteTokenizer.vocab_size:
+        return ByteTokenizer()
+    raise CheckpointError(
+        f"no {TOKENIZER} of {vocab_size} tokens in {folder} or the {LEVELS} folders above it{''.join(found)}; "
+        "name the tokenizer that the model was trained with"
+    )
+
+
 def save_for_transformers(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Writes what `AutoTokenizer` and `pipeline` look for in the folder of a model; it pads on the left."""
     folder, options = Path(folder), {"padding_side": "left", "clean_up_tokenization_spaces": False}
     if isinstance(tokenizer, FileTokenizer):
-        write_whole(folder / "tokenizer.json", tokenizer.path.read_bytes())
+        write_whole(folder / TOKENIZER, tokenizer.path.read_bytes())
         options["tokenizer_class"] = "PreTrainedTokenizerFast"
     else:
         options["tokenizer_class"] = "BMojoByteTokenizer"

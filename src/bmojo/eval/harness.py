@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bmojo.config import ModelConfig
-from bmojo.data.tokenizers import FileTokenizer
+from bmojo.data.tokenizers import FileTokenizer, find_tokenizer
 from bmojo.errors import CheckpointError, ConfigError, DataError, MissingPackageError
 
 try:
@@ -36,7 +36,6 @@ from bmojo.hf import BMojoByteTokenizer, BMojoCache
 
 logger = logging.getLogger(__name__)
 
-LEVELS = 3  # runs/compare/NAME/tokenizer.json is that of runs/compare/NAME/text/PRESET/model
 SEGMENT = 1024  # tokens of a call; bounds the memory that the logits of a long document take
 UNLIMITED = 2**40  # tokens
 ROWS_ON_CPU = 8
@@ -212,16 +211,7 @@ def _find_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase | 
     """The tokenizer beside a model; None: the one that AutoTokenizer finds in the folder."""
     if (folder / "tokenizer_config.json").is_file():
         return None
-    folder = folder.absolute()
-    for place in (folder, *folder.parents[:LEVELS]):
-        file = place / "tokenizer.json"
-        if file.is_file():
-            size = FileTokenizer(file).vocab_size
-            if size == vocab_size or (place == folder and size < vocab_size):
-                return PreTrainedTokenizerFast(tokenizer_file=str(file), name_or_path=str(place))
-    if vocab_size == BMojoByteTokenizer().vocab_size:
-        return BMojoByteTokenizer()
-    raise CheckpointError(
-        f"no tokenizer.json of {vocab_size} tokens in {folder} or the {LEVELS} folders above it; "
-        "name the tokenizer that the model was trained with: tokenizer=FOLDER"
-    )
+    found = find_tokenizer(folder, vocab_size)
+    if isinstance(found, FileTokenizer):
+        return PreTrainedTokenizerFast(tokenizer_file=str(found.path), name_or_path=str(found.path.parent))
+    return BMojoByteTokenizer()

@@ -50,6 +50,11 @@ class BMojoCache(Cache):
 
     get_max_cache_shape = get_max_length  # its name in older Transformers
 
+    @property
+    def batch_size(self) -> int:
+        """Rows, -1 before the first."""
+        return -1 if self._state is None else self._state.batch_size
+
     def __len__(self) -> int:
         return 0 if self._state is None else len(self._state.layers)
 

@@ -97,8 +97,7 @@ class NextTokenTrainer(Trainer):
             logging_steps=settings.log_every,
             logging_nan_inf_filter=False,
             ignore_data_skip=True,  # _Share does it
-            ddp_find_unused_parameters=False,
-            ddp_static_graph=True,  # what a batch does not use, no batch does
+            ddp_find_unused_parameters=_has_unused(model),
             remove_unused_columns=False,
             use_cpu=not torch.cuda.is_available(),
             report_to="none",
@@ -172,6 +171,12 @@ class NextTokenTrainer(Trainer):
             self.checkpoints.discard(folder)  # after a look at the space left
             raise failure from error
         self.progress.restart_clock()
+
+
+def _has_unused(model: BMojoLM) -> bool:
+    """Whether some parameters get no gradient: those of an SSM that only the innovation test reads."""
+    parts = map(model.config.parts, model.config.kinds)
+    return any(part.ssm and part.attention and not part.fading for part in parts)
 
 
 class _Watch(TrainerCallback):
