@@ -21,6 +21,7 @@ def test_prints_what_the_library_generates(run_folder, bmojo, tmp_path):
     assert bmojo("generate", run_folder / "model", "--prompt-file", tmp_path / "prompt.txt", *more) == (0, text, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0, 0.9])
 def test_another_process_goes_on_from_the_state(run_folder, bmojo, tmp_path, temperature):
     def command(*more):

@@ -176,18 +176,21 @@ def test_recall_says_where_each_question_is(whole):
     assert found[4:] == [(64, 56, longer), (128, 120, longer)]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_results_to_the_bit(whole, run_nano, tmp_path):
     folder, notes = whole
     assert run_nano(tmp_path / "again").steps == notes.steps
     assert outcome(tmp_path / "again") == outcome(folder)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_losses(whole, run_nano, tmp_path):
     other = run_nano(tmp_path / "other", models=("swa",), seed=1).steps
     for name, steps in other.items():
         assert all(loss != before for (_, loss), (_, before) in zip(steps, whole[1].steps[name], strict=True))
 
 
+@pytest.mark.slow
 def test_all_models_see_the_same_batches(run_nano, tmp_path, monkeypatch):
     seen, train = [], job_module.train
 
@@ -230,6 +233,7 @@ def check_it_goes_on(whole, run_nano, folder):
     assert (folder / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_exactly(whole, run_nano, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
@@ -389,6 +393,7 @@ def test_a_sample_shows_what_the_eidetic_memory_kept(whole):
     assert memory_sample(model, data, load_tokenizer("bytes")) == sample
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_text_that_it_began_with(text, tmp_path):
     mine = tmp_path / "text"
     shutil.copytree(text, mine)

@@ -294,6 +294,7 @@ def accuracy(model: BMojoLM, task: Path) -> float:
     return right / len(rows)
 
 
+@pytest.mark.slow
 def test_a_local_task(folder, task, offline):
     for name in PRESETS:
         out = lm_eval.simple_evaluate(

@@ -55,6 +55,7 @@ print(*generate(model, unread, state=state, max_new_tokens=20, temperature=0.9, 
 """
 
 
+@pytest.mark.slow
 def test_another_process_goes_on(tmp_path):
     model = new_model()
     whole = list(generate(model, PROMPT, max_new_tokens=30, temperature=0.9, seed=5))

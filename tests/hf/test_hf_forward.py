@@ -206,4 +206,14 @@ def test_states_of_others_are_refused():
     with pytest.raises(ConfigError, match=r"position_ids start again within a row, behind a cache; give document_ids"):
         model(draw_tokens(2, 6), position_ids=torch.tensor([[6, 7, 0, 1, 2, 3]]), past_key_values=out.past_key_values)
     with pytest.raises(BMojoError, match="attention_mask must be"):
-        model(draw_tokens(2, 6), attention_mask=torch.ones(2, 6), past_key_values=out.past_key_values)
+        model(draw_tokens(2, 6), attention_mask=torch.ones(2, 7), past_key_values=out.past_key_values)
+
+
+def test_behind_a_cache_the_mask_of_the_new_tokens_is_enough():
+    model, more = hf_model("bmojo"), draw_tokens(2, 6, 1)
+    new = torch.tensor([[1] * 6, [0, 0] + [1] * 4])
+    with torch.no_grad():
+        caches = [model(draw_tokens(2, 7)).past_key_values for _ in range(2)]
+        every = torch.cat((torch.ones(2, 7, dtype=torch.int64), new), 1)
+        expected = model(more, attention_mask=every, past_key_values=caches[0]).logits
+        assert torch.equal(model(more, attention_mask=new, past_key_values=caches[1]).logits, expected)

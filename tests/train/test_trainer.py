@@ -124,6 +124,7 @@ train(new_model(), rows, SETTINGS, Path({folder!r}), tensorboard=False)
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_goes_on_exactly(whole, tmp_path):
     code = KILLED.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)

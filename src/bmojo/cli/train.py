@@ -36,6 +36,7 @@ from bmojo.data import (
     read_documents,
     reopen,
     require_length,
+    save_for_transformers,
     train_bpe,
 )
 from bmojo.errors import CheckpointError, ConfigError, DataError
@@ -112,6 +113,8 @@ def train(
         record = run(network, PackedRows(data.train, seq_len, seed).__getitem__, schedule, out, on_step=show)
     if not state.is_main_process:
         return
+    if not (out / "model" / "tokenizer_config.json").exists():
+        save_for_transformers(codec, out / "model")
     parameters = sum(parameter.numel() for parameter in network.parameters())
     print(f"{model} {size}, {parameters:,} parameters, {record.tokens_trained:,} tokens in {record.seconds:.1f} s")
     print(f"loss {record.loss[-1][1]:.3f} nats per token, {record.tokens_per_second:,.0f} tokens/s")

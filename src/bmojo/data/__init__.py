@@ -13,6 +13,7 @@ from bmojo.data.tokenizers import (
     StreamDecoder,
     Tokenizer,
     load_tokenizer,
+    save_for_transformers,
     token_dtype,
     train_bpe,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "read_documents",
     "reopen",
     "require_length",
+    "save_for_transformers",
     "single_document_windows",
     "token_dtype",
     "train_bpe",

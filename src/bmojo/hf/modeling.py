@@ -29,7 +29,8 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
         model = AutoModelForCausalLM.from_pretrained(folder)      # after `import bmojo`
 
     `past_key_values` is a BMojoCache, made where none is given. `attention_mask` is that of all tokens so far: ones,
-    with padding before or after them. Padded or not, in one call or many, a row gives the same.
+    with padding before or after them; that of this call's tokens alone will do. Padded or not, in one call or many, a
+    row gives the same.
     """
 
     config_class = BMojoConfig
@@ -230,14 +231,14 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _own_mask(attention_mask: Tensor, inputs: Tensor, read: int) -> Tensor | None:
-    """The part of the mask [batch, read + time] that belongs to this call's tokens; None if it is all ones."""
+    """The part of the mask [batch, read + time], or [batch, time], that this call's tokens have; None if all ones."""
     batch, time = inputs.shape[:2]
-    if attention_mask.shape != (batch, read + time):
+    if attention_mask.shape not in ((batch, read + time), (batch, time)):
         raise StateError(
-            f"attention_mask must be {(batch, read + time)}, [batch, tokens so far], got {tuple(attention_mask.shape)}"
-            "; for packed documents give document_ids"
+            f"attention_mask must be {(batch, read + time)}, [batch, tokens so far], or {(batch, time)}, "
+            f"got {tuple(attention_mask.shape)}; for packed documents give document_ids"
         )
-    mask = attention_mask[:, read:].to(torch.bool)
+    mask = attention_mask[:, -time:].to(torch.bool)
     changes = (mask[:, 1:] != mask[:, :-1]).sum(1)
     if bool((changes > 1).any()):
         row = int((changes > 1).nonzero()[0])
