@@ -49,6 +49,16 @@ def test_converts_generates_and_goes_back(llama, tmp_path, bmojo, corpus):
     assert (back / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
 
 
+def test_layers_with_a_window_and_without_are_told_apart(tmp_path, bmojo):
+    ours, theirs, streaming = tmp_path / "ours", tmp_path / "theirs", tmp_path / "streaming"
+    config = ModelConfig(hidden_size=8, num_heads=2, num_layers=5, pattern=("full", "attention"), qkv_bias=True)
+    make_model(config, dtype=torch.float32).save(ours)
+    kinds = "2 attention layers over a window of 64 tokens and 3 attention layers over the whole past, 8 wide"
+    assert kinds in bmojo("convert", ours, theirs, "--to", "qwen2")[1]
+    kinds = "5 attention layers over a window of 32 tokens, 8 wide"
+    assert kinds in bmojo("convert", theirs, streaming, "--window", 32)[1]
+
+
 def test_refuses(llama, tmp_path, refused):
     assert "is not an empty folder" in refused("convert", llama, llama)
     assert "unknown format 'lama'; did you mean 'llama'?" in refused("convert", llama, tmp_path / "x", "--to", "lama")
@@ -60,7 +70,7 @@ def test_refuses(llama, tmp_path, refused):
 def test_a_tokenizer_that_is_too_small_is_taken_from_the_models_own_folder_alone(llama, tmp_path, bmojo, refused):
     bmojo("convert", llama, tmp_path / "ours" / "model")
     tokenizer = (tmp_path / "ours/model/tokenizer.json").rename(tmp_path / "ours/tokenizer.json")
-    assert "has 265 tokens, the model in" in refused("generate", tmp_path / "ours", "--prompt", "a")
+    assert "tokenizer.json has 265 tokens; name the" in refused("generate", tmp_path / "ours", "--prompt", "a")
     tokenizer.rename(tmp_path / "ours/model/tokenizer.json")
     assert bmojo("generate", tmp_path / "ours", "--prompt", "a", "--max-new-tokens", 1)[0] == 0
 

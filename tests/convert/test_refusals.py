@@ -69,8 +69,6 @@ def test_the_settings_below_are_refused_for_what_is_changed_alone(name):
         ("llama", {"logits_scaling": 8}, "logits_scaling=8 (scaling of activations)"),
         ("mistral", {"sliding_window": 4093}, "no chunk of 16 to 256 tokens divides the window 4093; force one"),
         ("mistral", {"sliding_window": 0}, "sliding_window=0"),
-        ("qwen2", {"max_window_layers": 1}, "some layers attend to the whole past and some to a window of it"),
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "some layers attend to the whole past"),
         ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types has 'linear_attention'"),
         ("qwen3", {"layer_types": ["full_attention"]}, "expected a kind for each of 2 layers"),
         ("qwen3", {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 2}, "use_sliding_window is"),
@@ -88,13 +86,11 @@ def test_the_settings_below_are_refused_for_what_is_changed_alone(name):
         ("hybrid_llama", {"hybrid_override_pattern": "SWA-GKA"}, "has 'GKA' (Gated KalmaNet)"),
         ("hybrid_llama", {"hybrid_override_pattern": "*DA-BMF*"}, "has 'BMF*' (a layer of the distillation stage)"),
         ("hybrid_llama", {"hybrid_override_pattern": "SWA-XYZ"}, "has 'XYZ' (an unknown layer)"),
-        ("hybrid_llama", {"hybrid_override_pattern": "*-BMF"}, "(*: the whole past, BMF: 64), ours have one"),
-        ("hybrid_llama", {"swa_config": {"window_size": 32}}, "different windows (SWA: 32, BMF: 64)"),
+        ("hybrid_llama", {"swa_config": {"window_size": 32}}, "(SWA: 32, BMF: 64), ours have one; force"),
         ("hybrid_llama", {"swa_config": None}, "window_size is missing"),
         ("hybrid_llama", {"bmojo_config": {"window_size": 64, "ssm_mixer": "gka"}}, "'gka' (Gated Kal"),
         ("hybrid_llama", {"bmojo_config": {"window_size": 64, "ssm_mixer": "s4"}}, "an unknown mixer"),
         ("hybrid_llama", {"hybrid_override_pattern": "GDN-BMF"}, "both Mamba-2 and gated delta mixers"),
-        ("hybrid_llama", {"rms_norm_eps": 1e-6}, "have epsilon 1e-05, the others 1e-06"),
         ("hybrid_llama", {"head_dim": 8}, "their softmax takes hidden_size / num_attention_heads"),
         ("hybrid_llama", {"mamba2_config": {"use_pos_emb": True}}, "use_pos_emb"),
         ("hybrid_llama", {"rope_scaling": {"type": "yarn"}}, "rope scaling of the type 'yarn'"),
@@ -105,6 +101,46 @@ def test_the_settings_below_are_refused_for_what_is_changed_alone(name):
 )  # fmt: skip
 def test_by_name_from_the_configuration_alone(name, change, message):
     assert message in refusal(name, VALID[name] | change)
+
+
+QWEN3_8B = {"vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
+            "rope_theta": 5e6}  # fmt: skip
+QWEN3_32B = QWEN3_8B | {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
+                        "num_attention_heads": 64}  # fmt: skip
+
+
+def recipe(base, other):
+    """As the authors publish them, which docs/convert.md lists: every other layer `*`."""
+    return base | {"hybrid_override_pattern": "-".join(["*", other] * (base["num_hidden_layers"] // 2))}
+
+
+@pytest.mark.parametrize(
+    ("other", "settings", "kinds", "eps"),
+    [
+        ("GDN", {}, ("attention", "ssm"), 1e-5),
+        ("SWA", {"swa_config": {"window_size": 512}}, ("full", "attention"), None),
+        ("BMF", {"bmojo_config": {"ssm_mixer": "gdn", "tie_attn_weights": False}}, ("full", "bmojo"), 1e-5),
+        ("BMF", {"mamba2_config": {"use_qk_norm": False}}, ("full", "bmojo"), 1e-5),
+    ],
+)
+def test_recipes_of_the_authors_that_convert(other, settings, kinds, eps):
+    config = FORMATS["hybrid_qwen3"].read(recipe(QWEN3_8B, other) | settings)
+    assert (config.pattern, config.norm_eps, config.ssm_norm_eps) == (kinds, 1e-6, eps)
+
+
+@pytest.mark.parametrize(
+    ("base", "other", "settings", "message"),
+    [
+        (QWEN3_8B, "M2", {"mamba2_config": {"use_qk_norm": True}}, "use_qk_norm"),
+        (QWEN3_8B, "BMF", {"bmojo_config": {"ssm_mixer": "gka"}}, "Gated KalmaNet"),
+        (QWEN3_8B, "GKA", {}, "Gated KalmaNet"),
+        (QWEN3_8B, "BMF*", {}, "a layer of the distillation stage"),
+        (QWEN3_32B, "GDN", {}, "num_attention_heads * head_dim = 8192 is no multiple of hidden_size=5120"),
+    ],
+)
+def test_recipes_of_the_authors_that_do_not(base, other, settings, message):
+    assert message in refusal("hybrid_qwen3", recipe(base, other) | settings)
 
 
 def test_every_reason_is_named():
@@ -125,11 +161,14 @@ def test_a_broken_configuration_is_an_error_for_the_user(name):
 
 def test_a_window_is_forced_where_there_is_attention():
     assert LLAMA.read(SIZES, 64).window == 64
-    assert FORMATS["qwen2"].read(QWEN | {"max_window_layers": 1}, 32).window == 32
+    mixed = FORMATS["qwen2"].read(QWEN | {"max_window_layers": 1, "sliding_window": 4093}, 32)
+    assert (mixed.window, mixed.pattern) == (32, ("attention",))
     mixed = FORMATS["hybrid_llama"].read(HYBRID | {"hybrid_override_pattern": "*-BMF"}, 64)
     assert (mixed.window, mixed.kinds) == (64, ("attention", "bmojo"))
+    widened = FORMATS["hybrid_llama"].read(HYBRID | {"swa_config": {"window_size": 32}}, 64)
+    assert (widened.window, widened.kinds) == (64, ("attention", "bmojo"))
     assert "no layer attends" in refusal("mamba2", MAMBA2, 64)
-    assert "its bmojo layers have the window 64, not 32" in refusal("hybrid_llama", HYBRID, 32)
+    assert "window=32 can't be forced: bmojo layers keep theirs, which is 64" in refusal("hybrid_llama", HYBRID, 32)
     assert "window must be a whole number of at least 1" in refusal("llama", SIZES, 0)
 
 
@@ -219,5 +258,5 @@ def test_a_window_is_not_forced_on_layers_with_other_memories(tmp_path):
 
     config = ModelConfig(hidden_size=8, num_heads=2, ssm_head_dim=4, fading_span=64)
     BMojoLM(config).save(tmp_path / "ours")
-    with pytest.raises(ConversionError, match="can be forced on attention layers alone"):
+    with pytest.raises(ConversionError, match="bmojo layers keep theirs, which is 64"):
         convert(tmp_path / "ours", tmp_path / "other", window=32)

@@ -22,11 +22,13 @@ from cases import VOCAB, draw_tokens
 from torch import Tensor
 from twins import Outcome, agree, compare, one_by_one, run_ours
 
+from bmojo.config import ModelConfig
 from bmojo.convert import FORMATS, export_model, import_model
 from bmojo.nn.model import BMojoLM
 
 Weights = dict[str, Tensor]
-W, THETA, EPS, HEADS, KV_HEADS, P, HIDDEN = 5, 100.0, 1e-5, 4, 2, 4, 16
+W, THETA, HEADS, KV_HEADS, P, HIDDEN = 5, 100.0, 4, 2, 4, 16
+INNER_EPS = 1e-5  # of the norm inside their state-space layers, whatever that of the others is
 
 
 def settings(base: str, pattern: str, mixer: str, tied: bool, **more: Any) -> dict[str, Any]:
@@ -39,14 +41,14 @@ def settings(base: str, pattern: str, mixer: str, tied: bool, **more: Any) -> di
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "head_dim": P,
-        "rms_norm_eps": EPS,
+        "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
         "hybrid_override_pattern": pattern,
         "layer_types": pattern.split("-"),
         "bmojo_config": {"window_size": W, "tie_attn_weights": tied, "ssm_mixer": mixer, "hidden_size": HIDDEN},
         "swa_config": {"window_size": W},
         "mamba2_config": {"use_qk_norm": False, "use_pos_emb": False},
-        "gdn_config": {"norm_eps": EPS, "conv_size": 4},
+        "gdn_config": {"norm_eps": INNER_EPS, "conv_size": 4},
         **more,
     }
 
@@ -111,8 +113,8 @@ def random_checkpoint(config: dict[str, Any], seed: int = 0) -> Weights:
     return weights
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
 def rotary(x: Tensor) -> Tensor:
@@ -141,7 +143,8 @@ def mamba2_layer(w: Weights, u: Tensor) -> Tensor:
         h = h * decay[:, None, None] + dt[t][:, None, None] * B[t][:, :, None] * x[t][:, None, :]
         ys.append((C[t][:, None, :] @ h).squeeze(1) + w["D"][:, None] * x[t])
     gated = torch.stack(ys) * F.silu(z.view(-1, HEADS, P))
-    return rms_norm(gated, w["norm.weight"].view(HEADS, P)).flatten(1) @ w["out_proj.weight"].T  # a norm for every head
+    normed = rms_norm(gated, w["norm.weight"].view(HEADS, P), INNER_EPS)  # a norm for every head
+    return normed.flatten(1) @ w["out_proj.weight"].T
 
 
 def gdn_layer(w: Weights, u: Tensor) -> Tensor:
@@ -157,16 +160,18 @@ def gdn_layer(w: Weights, u: Tensor) -> Tensor:
         S = S + k[t][:, :, None] * error[:, None, :]
         out.append((q[t][:, None, :] @ S).squeeze(1) / math.sqrt(P))
     z = (u @ w["g_proj.weight"].T).view(-1, HEADS, P)
-    return (rms_norm(torch.stack(out), w["o_norm.weight"]) * F.silu(z)).flatten(1) @ w["o_proj.weight"].T
+    return (rms_norm(torch.stack(out), w["o_norm.weight"], INNER_EPS) * F.silu(z)).flatten(1) @ w["o_proj.weight"].T
 
 
-def path(w: Weights, x: Tensor, source: Tensor, first: int, last: int, end: str = "") -> tuple[Tensor, Tensor]:
+def path(
+    w: Weights, x: Tensor, source: Tensor, first: int, last: int, *, eps: float, end: str = ""
+) -> tuple[Tensor, Tensor]:
     """Softmax of every query over the keys of `source` at i-first .. i-last [T, heads, P]; log-sum-exp [T, heads]."""
 
     def heads(z: Tensor, name: str) -> Tensor:
         out = (z @ w[f"{name}_proj{end}.weight"].T + w.get(f"{name}_proj{end}.bias", 0)).view(len(z), -1, P)
         norm = w.get(f"{name}_norm{end}.weight")
-        return out if norm is None else rms_norm(out, norm)
+        return out if norm is None else rms_norm(out, norm, eps)
 
     q, k, v = rotary(heads(x, "q")), rotary(heads(source, "k")), heads(source, "v")
     k, v = (z.repeat_interleave(HEADS // KV_HEADS, 1) for z in (k, v))
@@ -179,9 +184,9 @@ def path(w: Weights, x: Tensor, source: Tensor, first: int, last: int, end: str 
     return torch.stack(outputs), torch.stack(sums)
 
 
-def bmojo_layer(w: Weights, x: Tensor, y: Tensor, tied: bool) -> Tensor:
-    near, a = path(w, x, x, W - 1, 0)
-    far, b = path(w, x, y, 2 * W - 1, W, "" if tied else "_")
+def bmojo_layer(w: Weights, x: Tensor, y: Tensor, tied: bool, eps: float) -> Tensor:
+    near, a = path(w, x, x, W - 1, 0, eps=eps)
+    far, b = path(w, x, y, 2 * W - 1, W, eps=eps, end="" if tied else "_")
     top = torch.maximum(a, b)
     ea, eb = (a - top).exp()[..., None], (b - top).exp()[..., None]
     return ((ea * near + eb * far) / (ea + eb)).flatten(1) @ w["o_proj.weight"].T
@@ -193,14 +198,14 @@ def reference(config: dict[str, Any], weights: Weights, tokens: Tensor) -> Tenso
     def under(prefix: str) -> Weights:
         return {name.removeprefix(prefix): z for name, z in weights.items() if name.startswith(prefix)}
 
-    x, bmojo = weights["model.embed_tokens.weight"][tokens], config["bmojo_config"]
+    x, bmojo, eps = weights["model.embed_tokens.weight"][tokens], config["bmojo_config"], config["rms_norm_eps"]
     for i, kind in enumerate(config["layer_types"]):
         layer = f"model.layers.{i}."
-        u = rms_norm(x, weights[f"{layer}input_layernorm.weight"])
+        u = rms_norm(x, weights[f"{layer}input_layernorm.weight"], eps)
         if kind == "BMF":
             name, mixer = {"mamba2": ("mamba", mamba2_layer), "gdn": ("gdn", gdn_layer)}[bmojo["ssm_mixer"]]
             y = mixer(under(f"{layer}bmojo_f.{name}."), u)
-            x = x + bmojo_layer(under(f"{layer}bmojo_f.bmojo_attn."), u, y, bmojo["tie_attn_weights"])
+            x = x + bmojo_layer(under(f"{layer}bmojo_f.bmojo_attn."), u, y, bmojo["tie_attn_weights"], eps)
         elif kind == "M2":
             x = x + mamba2_layer(under(f"{layer}mamba."), u)
         elif kind == "GDN":
@@ -208,11 +213,11 @@ def reference(config: dict[str, Any], weights: Weights, tokens: Tensor) -> Tenso
         else:
             name, reach = ("self_attn", len(tokens)) if kind == "*" else ("swa", W)
             own = under(f"{layer}{name}.")
-            x = x + path(own, u, u, reach - 1, 0)[0].flatten(1) @ own["o_proj.weight"].T
-        u = rms_norm(x, weights[f"{layer}post_attention_layernorm.weight"])
+            x = x + path(own, u, u, reach - 1, 0, eps=eps)[0].flatten(1) @ own["o_proj.weight"].T
+        u = rms_norm(x, weights[f"{layer}post_attention_layernorm.weight"], eps)
         own = under(f"{layer}mlp.")
         x = x + (F.silu(u @ own["gate_proj.weight"].T) * (u @ own["up_proj.weight"].T)) @ own["down_proj.weight"].T
-    return rms_norm(x, weights["model.norm.weight"]) @ weights["lm_head.weight"].T
+    return rms_norm(x, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
 
 
 def run_reference(config: dict[str, Any], weights: Weights, tokens: Tensor) -> Outcome:
@@ -222,7 +227,7 @@ def run_reference(config: dict[str, Any], weights: Weights, tokens: Tensor) -> O
     return Outcome(logits.detach(), loss.detach(), {name: z.grad for name, z in weights.items()})
 
 
-def check(config: dict[str, Any]) -> None:
+def check(config: dict[str, Any]) -> ModelConfig:
     """Logits, loss, gradients and decoding of the converted model; and the way back."""
     weights, tokens = random_checkpoint(config), draw_tokens(2, 3 * W + 4)
     with torch.no_grad():
@@ -246,6 +251,7 @@ def check(config: dict[str, Any]) -> None:
     assert import_model(back, written)[0] == our_config
     assert written.keys() == weights.keys()
     assert all(torch.equal(written[name], weights[name]) for name in weights)
+    return our_config
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -265,3 +271,30 @@ def test_its_other_layers_too(pattern, mixer):
 @pytest.mark.parametrize(("pattern", "mixer"), [("*-M2", "mamba2"), ("GDN-*-GDN-*", "gdn"), ("M2-SWA", "mamba2")])
 def test_hybrids_without_fading_tokens(pattern, mixer):
     check(settings("qwen2", pattern, mixer, True))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("base", "mixer"), [("llama", "mamba2"), ("qwen2", "mamba2"), ("qwen3", "gdn")])
+def test_half_of_the_layers_over_the_whole_past(base, mixer, tied):
+    """Their published recipes, with the epsilon of the base model."""
+    eps = 1e-5 if base == "llama" else 1e-6
+    config = check(settings(base, "*-BMF-*-BMF", mixer, tied, rms_norm_eps=eps))
+    assert config.pattern == ("full", "bmojo")
+    assert config.window == W
+    assert (config.norm_eps, config.ssm_norm_eps) == (eps, None if eps == INNER_EPS else INNER_EPS)
+
+
+def test_the_whole_past_beside_both_windows():
+    assert check(settings("qwen2", "SWA-*-BMF", "mamba2", True)).pattern == ("attention", "full", "bmojo")
+
+
+def test_a_window_that_is_forced_on_the_whole_past():
+    """The weights are those of `SWA` layers under another name."""
+    whole = settings("llama", "*-BMF", "mamba2", True)
+    weights = random_checkpoint(whole)
+    renamed = {name.replace("self_attn", "swa"): z for name, z in weights.items()}
+    config, tensors = import_model(whole, weights, window=W)
+    expected, same = import_model(settings("llama", "SWA-BMF", "mamba2", True), renamed)
+    assert config == expected
+    assert tensors.keys() == same.keys()
+    assert all(torch.equal(tensors[name], same[name]) for name in same)

@@ -78,6 +78,25 @@ def test_qwen2_has_biases(window):
     assert ours.config.window == window
 
 
+@pytest.mark.parametrize("first", [1, 2])
+def test_qwen2_with_first_layers_over_the_whole_past(first):
+    window = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": first}
+    ours = convert_and_compare(Qwen2Config(**ATTENTION | {"num_hidden_layers": 3}, num_key_value_heads=2, **window))
+    assert ours.config.kinds == ("full",) * first + ("attention",) * (3 - first)
+    assert ours.config.window == 6
+
+
+def test_qwen3_with_layers_of_both_kinds_by_turns():
+    kinds = {
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
+    ours = convert_and_compare(Qwen3Config(**ATTENTION | {"num_hidden_layers": 4}, num_key_value_heads=2, **kinds))
+    assert ours.config.pattern == ("attention", "full")
+    assert ours.config.window == 5
+
+
 def test_qwen3_normalises_queries_and_keys():
     ours = convert_and_compare(Qwen3Config(**ATTENTION, num_key_value_heads=2, head_dim=6))
     assert ours.config.qk_norm

@@ -10,8 +10,6 @@ import typer
 if TYPE_CHECKING:
     from bmojo.convert import Conversion
 
-_KINDS = {"attention": "attention", "ssm": "state-space", "bmojo": "bmojo"}
-
 
 def convert(
     source: Annotated[str, typer.Argument(help="A model's folder, a .gguf file, or a name on the Hugging Face hub.")],
@@ -30,12 +28,16 @@ def convert(
 
 def _summary(source: str, done: Conversion) -> str:
     config = done.config
-    counts = {kind: config.kinds.count(kind) for kind in _KINDS if kind in config.kinds}
-    layers = " and ".join(f"{count} {_KINDS[kind]}" for kind, count in counts.items())
-    sight = "the whole past" if config.window is None else f"a window of {config.window} tokens"
-    attends = "" if set(config.kinds) == {"ssm"} else f" over {sight}"
+    window = "over the whole past" if config.window is None else f"over a window of {config.window} tokens"
+    kinds = {
+        "attention": f"attention layers {window}",
+        "full": "attention layers over the whole past",
+        "bmojo": f"bmojo layers {window}",
+        "ssm": "state-space layers",
+    }
+    layers = " and ".join(f"{config.kinds.count(kind)} {what}" for kind, what in kinds.items() if kind in config.kinds)
     return (
-        f"{source} was a {done.source_format} model; {done.target} is a {done.target_format} model: {layers} layers"
-        f"{attends}, {config.hidden_size} wide, a vocabulary of {config.vocab_size}, {done.parameters:,} parameters in "
+        f"{source} was a {done.source_format} model; {done.target} is a {done.target_format} model: {layers}, "
+        f"{config.hidden_size} wide, a vocabulary of {config.vocab_size}, {done.parameters:,} parameters in "
         f"{done.dtype}, {done.nbytes / 1e6:.1f} MB."
     )

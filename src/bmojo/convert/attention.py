@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3: one stack of attention layers, and what sets each apart."""
+"""Llama, Mistral, Qwen2 and Qwen3: stacks of attention layers, and what sets each apart."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from bmojo.config import ModelConfig
 from bmojo.convert.blocks import ATTENTION, LLAMA, attention, head_sizes, rope_theta, write_rope
-from bmojo.convert.mapping import Format, Reading
+from bmojo.convert.mapping import Format, Reading, layer_kinds, layers
 
 Settings = dict[str, Any]
 
@@ -34,52 +34,46 @@ def _write_mistral(config: ModelConfig) -> Settings:
     return {**_write(config), "sliding_window": config.window}
 
 
-def _qwen_window(reading: Reading, layers: int) -> int | None:
-    """The window of all layers. Qwen lets the first `max_window_layers` see the whole past, or names each layer's
-    kind; a model of both kinds has no place here unless a window is forced on it."""
-    window = reading.count("sliding_window", 4096) if reading.get("use_sliding_window", False) else None
+def _qwen_layers(reading: Reading, ours: Settings, **settings: Any) -> Settings:
+    """Qwen lets the first `max_window_layers` see the whole past, or names each layer's kind."""
+    count, slides = ours["num_layers"], reading.get("use_sliding_window", False)
+    window = reading.count("sliding_window", 4096) if slides else None
     first = reading.number("max_window_layers", 28)
-    usual = ["full_attention" if window is None or i < first else "sliding_attention" for i in range(layers)]
+    usual = ["full_attention" if window is None or i < first else "sliding_attention" for i in range(count)]
     named = reading.get("layer_types", usual)
-    if not isinstance(named, list) or len(named) != layers:
-        reading.refuse(f"layer_types={named!r} (expected a kind for each of {layers} layers)")
-        return None
-    kinds = set(map(str, named))
-    for kind in sorted(kinds - {"full_attention", "sliding_attention"}):
-        reading.refuse(f"layer_types has {kind!r}")
-    if kinds == {"full_attention"}:
-        return None
-    if "full_attention" in kinds and reading.window is None:
-        reading.refuse("some layers attend to the whole past and some to a window of it; force one window on all")
-    if window is None:
+    if not isinstance(named, list) or len(named) != count:
+        reading.refuse(f"layer_types={named!r} (expected a kind for each of {count} layers)")
+        named = usual
+    for name in sorted(set(map(str, named)) - {"full_attention", "sliding_attention"}):
+        reading.refuse(f"layer_types has {name!r}")
+    if window is None and "sliding_attention" in named:
         reading.refuse("layer_types has 'sliding_attention', but use_sliding_window is false")
-    return window
+    kinds = ["attention" if name == "sliding_attention" else "full" for name in named]
+    return {**layers(kinds, window), "rope_theta": rope_theta(reading), **settings}
 
 
 def _read_qwen2(reading: Reading, ours: Settings) -> Settings:
-    sizes = head_sizes(reading, ours, num_kv_heads=32)
-    return _layers(reading, _qwen_window(reading, ours["num_layers"]), qkv_bias=True, **sizes)
+    return _qwen_layers(reading, ours, qkv_bias=True, **head_sizes(reading, ours, num_kv_heads=32))
 
 
 def _read_qwen3(reading: Reading, ours: Settings) -> Settings:
-    sizes = head_sizes(reading, ours, num_kv_heads=32, head_dim=128)
-    return _layers(reading, _qwen_window(reading, ours["num_layers"]), qk_norm=True, **sizes)
+    return _qwen_layers(reading, ours, qk_norm=True, **head_sizes(reading, ours, num_kv_heads=32, head_dim=128))
 
 
 def _write_qwen(config: ModelConfig) -> Settings:
-    slides = config.window is not None
-    kind = "sliding_attention" if slides else "full_attention"
+    kinds = layer_kinds(config)
+    slides = "attention" in kinds
     return {
         **_write(config),
         "use_sliding_window": slides,
-        "sliding_window": config.window,
-        "max_window_layers": 0 if slides else config.num_layers,
-        "layer_types": [kind] * config.num_layers,
+        "sliding_window": config.window if slides else None,
+        "max_window_layers": kinds.index("attention") if slides else len(kinds),
+        "layer_types": ["sliding_attention" if kind == "attention" else "full_attention" for kind in kinds],
     }
 
 
 _SILU = {"hidden_act": "silu"}
-_STACK: Settings = {"names": LLAMA, "fields": ATTENTION, "mixers": {"attention": attention}}
+_STACK: Settings = {"names": LLAMA, "fields": ATTENTION, "mixers": {"attention": attention, "full": attention}}
 FORMATS = (
     Format(
         "llama",

@@ -7,7 +7,7 @@ from typing import Any
 from bmojo.config import ModelConfig
 from bmojo.convert.blocks import ATTENTION, LLAMA, attention, head_sizes, mamba2, rope_theta, write_rope
 from bmojo.convert.mamba2 import UNLIMITED, check_steps
-from bmojo.convert.mapping import Field, Format, Reading, shortest_pattern
+from bmojo.convert.mapping import Field, Format, Reading, layer_kinds, layers
 
 
 def _read(reading: Reading, ours: dict[str, Any]) -> dict[str, Any]:
@@ -16,15 +16,14 @@ def _read(reading: Reading, ours: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(attends, list):
         reading.refuse(f"attn_layer_indices={attends!r} (expected a list)")
         attends = []
-    kinds = ["attention" if i in attends else "ssm" for i in range(ours["num_layers"])]
+    kinds = ["full" if i in attends else "ssm" for i in range(ours["num_layers"])]
     size, heads = ours["ssm_expand"] * ours["hidden_size"], max(1, reading.count("mamba_n_heads", 128))
     automatic = reading.get("mamba_d_head", "auto") == "auto"
     head_dim = size // heads if automatic else reading.count("mamba_d_head")
     if heads * head_dim != size:
         reading.refuse(f"mamba_n_heads * mamba_d_head = {heads * head_dim} (expected expand * hidden_size = {size})")
     return {
-        "pattern": shortest_pattern(kinds),
-        "window": None,
+        **layers(kinds, None),
         "ssm": "ssd",
         "ssm_head_dim": head_dim,
         "rope_theta": rope_theta(reading, 0.5),  # Bamba turns half of each head unless it is told otherwise
@@ -38,7 +37,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "rope_parameters": rope,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "attn_layer_indices": [i for i, kind in enumerate(config.kinds) if kind == "attention"],
+        "attn_layer_indices": [i for i, kind in enumerate(layer_kinds(config)) if kind == "full"],
         "mamba_n_heads": config.ssm_heads,
         "mamba_d_head": config.ssm_head_dim,
         "mamba_chunk_size": config.chunk_size,
@@ -67,6 +66,6 @@ FORMATS = (
         },
         read_layers=_read,
         write_layers=_write,
-        mixers={"attention": attention, "ssm": lambda config: mamba2(config, "mamba")},
+        mixers={"full": attention, "ssm": lambda config: mamba2(config, "mamba")},
     ),
 )

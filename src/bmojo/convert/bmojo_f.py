@@ -20,9 +20,9 @@ from torch import Tensor
 from bmojo.config import ModelConfig
 from bmojo.convert.attention import FORMATS as STACKS
 from bmojo.convert.blocks import attention, mamba2, same
-from bmojo.convert.mapping import Format, Reading, Rule, shortest_pattern
+from bmojo.convert.mapping import Format, Reading, Rule, inner_eps, layer_kinds, layers
 
-KINDS = {"*": "attention", "SWA": "attention", "BMF": "bmojo", "M2": "ssm", "GDN": "ssm"}
+KINDS = {"*": "full", "SWA": "attention", "BMF": "bmojo", "M2": "ssm", "GDN": "ssm"}
 UNKNOWN = {"GKA": "Gated KalmaNet", "GDN>GKA": "a layer of two mixers", "*DA": "attention on two streams"}
 MIXERS = {"mamba2": "ssd", "gdn": "gdn", "gated_deltanet": "gdn"}
 INNER_EPS = 1e-5  # of the norm inside their state-space layers
@@ -42,52 +42,45 @@ def _reader(base: Format) -> Callable[[Reading, dict[str, Any]], dict[str, Any]]
     def read(reading: Reading, ours: dict[str, Any]) -> dict[str, Any]:
         stack = {name: value for name, value in reading.settings.items() if name not in _OVERRIDDEN}
         ours = ours | base.read_layers(Reading(stack, None, reading.reasons), ours)
-        layers = str(reading.get("hybrid_override_pattern")).split("-")
-        if len(layers) != ours["num_layers"]:
+        names = str(reading.get("hybrid_override_pattern")).split("-")
+        if len(names) != ours["num_layers"]:
             reading.refuse(
-                f"hybrid_override_pattern names {len(layers)} layers of num_hidden_layers={ours['num_layers']}"
+                f"hybrid_override_pattern names {len(names)} layers of num_hidden_layers={ours['num_layers']}"
             )
-        for name in sorted(set(layers) - KINDS.keys()):
+        for name in sorted(set(names) - KINDS.keys()):
             what = UNKNOWN.get(name, "a layer of the distillation stage" if name.endswith("*") else "an unknown layer")
             reading.refuse(f"hybrid_override_pattern has {name!r} ({what})")
-        bmojo = reading.section("bmojo_config") if "BMF" in layers else Reading({})
-        kinds = [KINDS.get(name, "attention") for name in layers]
-        window = _window(reading, layers, bmojo.count("window_size", WINDOW))
+        bmojo = reading.section("bmojo_config") if "BMF" in names else Reading({})
+        window = _window(reading, names, bmojo.count("window_size", WINDOW))
         more = {
-            "pattern": shortest_pattern(kinds),
-            "window": window,
+            **layers([KINDS.get(name, "full") for name in names], window),
             "tie_sources": bmojo.get("tie_attn_weights", True),
-            "fading_span": window if "BMF" in layers else 0,
+            "fading_span": window if "BMF" in names else 0,
         }
         head_dim = ours["head_dim"] or ours["hidden_size"] // ours["num_heads"]
-        if "BMF" in layers and not ours.get("qk_norm") and head_dim != ours["hidden_size"] // ours["num_heads"]:
+        if "BMF" in names and not ours.get("qk_norm") and head_dim != ours["hidden_size"] // ours["num_heads"]:
             reading.refuse(f"head_dim={head_dim}: their softmax takes hidden_size / num_attention_heads for its scale")
-        return ours | more | _ssm(reading, ours | more, layers, str(bmojo.get("ssm_mixer", "mamba2")))
+        return ours | more | _ssm(reading, ours | more, names, str(bmojo.get("ssm_mixer", "mamba2")))
 
     return read
 
 
-def _window(reading: Reading, layers: list[str], bmojo_window: int) -> int | None:
-    """The one window of all layers."""
-    windows = {
-        "*": reading.window,
-        "SWA": reading.section("swa_config").count("window_size") if "SWA" in layers else None,
-        "BMF": bmojo_window,
-    }
-    found = {windows[name] for name in layers if name in windows}
-    if len(found) > 1:
-        named = ", ".join(f"{name}: {windows[name] or 'the whole past'}" for name in windows if name in layers)
+def _window(reading: Reading, names: list[str], bmojo_window: int) -> int | None:
+    """The one window of all layers that have any."""
+    bmojo = bmojo_window if "BMF" in names else None
+    swa = reading.section("swa_config").count("window_size") if "SWA" in names else None
+    if bmojo and swa and bmojo != swa and reading.window is None:
         reading.refuse(
-            f"its attention layers have different windows ({named}), ours have one; force window={bmojo_window} on all"
+            f"its layers have different windows (SWA: {swa}, BMF: {bmojo}), ours have one; force window={bmojo} on all"
         )
-    return found.pop() if found else None
+    return bmojo or swa
 
 
-def _ssm(reading: Reading, ours: dict[str, Any], layers: list[str], mixer: str) -> dict[str, Any]:
+def _ssm(reading: Reading, ours: dict[str, Any], names: list[str], mixer: str) -> dict[str, Any]:
     """The settings of the state-space layers, which follow from those of the attention layers."""
     used = {"M2": "ssd", "GDN": "gdn"}
-    found = {used[name] for name in layers if name in used}
-    if "BMF" in layers:
+    found = {used[name] for name in names if name in used}
+    if "BMF" in names:
         if mixer.lower() not in MIXERS:
             what = "an unknown mixer" if mixer.lower() not in ("gka", "gated_kalmanet") else UNKNOWN["GKA"]
             reading.refuse(f"ssm_mixer={mixer!r} ({what})")
@@ -114,8 +107,6 @@ def _ssm(reading: Reading, ours: dict[str, Any], layers: list[str], mixer: str) 
             reading.refuse("mamba2_config: use_qk_norm (norms of B and C before their convolution)")
         if mamba.get("use_pos_emb", False):
             reading.refuse("mamba2_config: use_pos_emb (rotary positions of B and C)")
-    if eps != ours["norm_eps"]:
-        reading.refuse(f"the norms inside its state-space layers have epsilon {eps}, the others {ours['norm_eps']}")
     return {
         "ssm": ssm,
         "ssm_expand": heads * head_dim // hidden,
@@ -123,19 +114,21 @@ def _ssm(reading: Reading, ours: dict[str, Any], layers: list[str], mixer: str) 
         "ssm_state_size": head_dim,
         "ssm_groups": heads,
         "ssm_conv": conv,
+        "ssm_norm_eps": None if eps == ours["norm_eps"] else eps,
     }
 
 
 def _writer(base: Format) -> Callable[[ModelConfig], dict[str, Any]]:
     def write(config: ModelConfig) -> dict[str, Any]:
         names = {
-            "attention": "*" if config.window is None else "SWA",
+            "full": "*",
+            "attention": "SWA",
             "ssm": "M2" if config.ssm == "ssd" else "GDN",
             "bmojo": "BMF",
         }
         theirs = base.write_layers(config.replace(window=None, pattern=["attention"], fading_span=0, eidetic_slots=0))
         theirs.pop("layer_types", None)
-        theirs["hybrid_override_pattern"] = "-".join(names[kind] for kind in config.kinds)
+        theirs["hybrid_override_pattern"] = "-".join(names[kind] for kind in layer_kinds(config))
         if config.window is not None:
             theirs["swa_config"] = {"window_size": config.window}
             theirs["bmojo_config"] = {
@@ -144,7 +137,7 @@ def _writer(base: Format) -> Callable[[ModelConfig], dict[str, Any]]:
                 "ssm_mixer": "mamba2" if config.ssm == "ssd" else "gdn",
             }
         theirs["mamba2_config"] = {"use_qk_norm": False, "use_pos_emb": False}
-        theirs["gdn_config"] = {**_GDN, "norm_eps": config.norm_eps, "conv_size": config.ssm_conv}
+        theirs["gdn_config"] = {**_GDN, "norm_eps": inner_eps(config), "conv_size": config.ssm_conv}
         return theirs
 
     return write
@@ -235,7 +228,8 @@ def _format(base: Format) -> Format:
         read_layers=_reader(base),
         write_layers=_writer(base),
         mixers={
-            "attention": lambda config: attention(config, "self_attn" if config.window is None else "swa"),
+            "full": attention,
+            "attention": lambda config: attention(config, "swa"),
             "ssm": _fading_mixer,
             "bmojo": _bmojo,
         },

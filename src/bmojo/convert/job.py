@@ -22,9 +22,9 @@ from bmojo.convert.mapping import (
     ConversionError,
     Format,
     check_tensors,
-    chunk_size,
     export_tensors,
     find_format,
+    force_window,
     header_of,
     import_tensors,
 )
@@ -71,9 +71,10 @@ def import_model(
     `window` cuts full attention to a sliding window. Raises ConversionError, which names what can't be held.
     """
     format = find_format(FORMATS, settings)
-    config = format.read(settings, window)
-    check_tensors(format, config, header_of(tensors))
-    return config, import_tensors(format, config, tensors)
+    stored = format.read_stored(settings, window)
+    config = force_window(stored, window)
+    check_tensors(format, stored, header_of(tensors))
+    return config, import_tensors(format, stored, tensors)
 
 
 def export_model(
@@ -147,18 +148,15 @@ def _named(name: str) -> Format:
 def _open_theirs(folder: Path, settings: dict[str, Any], window: int | None) -> Opened:
     """Configuration and headers are checked now, the weights read when the second value is called."""
     format = find_format(FORMATS, settings)
-    config = format.read(settings, window)
+    stored = format.read_stored(settings, window)
+    config = force_window(stored, window)
     weights = read_weights(folder)
-    check_tensors(format, config, weights.header)
-    return config, lambda: import_tensors(format, config, weights)
+    check_tensors(format, stored, weights.header)
+    return config, lambda: import_tensors(format, stored, weights)
 
 
 def _open_ours(folder: Path, settings: dict[str, Any], window: int | None) -> Opened:
-    config = ModelConfig.from_checkpoint(settings)
-    if window is not None:
-        if "bmojo" in config.kinds or "attention" not in config.kinds:
-            raise ConversionError(f"window={window} can be forced on attention layers alone; {folder} has other ones")
-        config = config.replace(window=window, chunk_size=chunk_size(window))
+    config = force_window(ModelConfig.from_checkpoint(settings), window)
     return config, lambda: BMojoLM.load(folder).state_dict()
 
 

@@ -76,8 +76,8 @@ class Names(NamedTuple):
 
 
 class Reading:
-    """A config.json as it is being read; `refuse` notes what our family can't hold. `window`: the one that is forced,
-    which full attention is then cut to."""
+    """A config.json as it is being read; `refuse` notes what our family can't hold. `window`: the one that is forced
+    on its layers."""
 
     def __init__(self, settings: Settings, window: int | None = None, reasons: list[str] | None = None) -> None:
         self.settings, self.window = settings, window
@@ -138,7 +138,12 @@ class Format:
     fixed: Settings = field(default_factory=dict)
 
     def read(self, settings: Settings, window: int | None = None) -> ModelConfig:
-        """Our configuration; ConversionError names everything that we can't hold. No weight is looked at."""
+        """Our configuration, in which every attention layer has the window that is forced; ConversionError names
+        everything that we can't hold. No weight is looked at."""
+        return force_window(self.read_stored(settings, window), window)
+
+    def read_stored(self, settings: Settings, window: int | None = None) -> ModelConfig:
+        """The same with the layers over the whole past as they are: that by which the tensors are named."""
         reading = Reading(settings, window)
         config = self._read(reading)
         if config is None:
@@ -153,24 +158,15 @@ class Format:
         ours = {f.ours: _READERS[_TYPES[f.ours]](reading, f.theirs, f.default) for f in self.fields}
         if not reading.reasons:
             ours |= self.read_layers(reading, ours)
-        if reading.window is not None and not reading.reasons:
-            self._force(reading, ours, reading.window)
         if reading.reasons:
             return None
+        if reading.window is not None and ours["window"] is not None and "bmojo" not in ours["pattern"]:
+            ours["window"] = reading.window
         try:
             return ModelConfig.from_dict({**ours, "chunk_size": chunk_size(ours["window"])})
         except (ConfigError, ConversionError) as error:
             reading.refuse(str(error))
             return None
-
-    @staticmethod
-    def _force(reading: Reading, ours: dict[str, Any], window: int) -> None:
-        kinds = set(ours["pattern"])
-        if kinds == {"ssm"}:
-            reading.refuse(f"window={window} is asked for, but no layer attends")
-        elif "bmojo" in kinds and window != ours["window"]:
-            reading.refuse(f"its bmojo layers have the window {ours['window']}, not {window}")
-        ours["window"] = window
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Their config.json; ConversionError names the settings that it can't hold."""
@@ -190,7 +186,7 @@ class Format:
         yield Rule("norm.weight", ((names.norm, None),))
         if not config.tie_embeddings:
             yield Rule("head.weight", (("lm_head.weight", vocabulary),))
-        for i, kind in enumerate(config.kinds):
+        for i, kind in enumerate(layer_kinds(config)):
             ours, theirs = f"blocks.{i}.", names.layer.format(i=i)
             yield Rule(f"{ours}mixer_norm.weight", ((f"{theirs}{names.mixer_norm}.weight", None),))
             for rule in self.mixers[kind](config):
@@ -217,14 +213,49 @@ def refuse_features(reading: Reading) -> None:
 def differences(config: ModelConfig, back: ModelConfig) -> list[str]:
     """What `config` has and its copy `back` has not, of all that changes the function that is computed."""
     silent = config.unused | {"pattern", "num_layers", "chunk_size", "initializer_range"}
+    then = back.to_dict() | {"ssm_norm_eps": inner_eps(back)}
     lost = [
-        f"{name}={value!r} (it would be {getattr(back, name)!r})"
-        for name, value in config.to_dict().items()
-        if name not in silent and value != getattr(back, name)
+        f"{name}={value!r} (it would be {then[name]!r})"
+        for name, value in (config.to_dict() | {"ssm_norm_eps": inner_eps(config)}).items()
+        if name not in silent and value != then[name]
     ]
-    if config.kinds != back.kinds:
+    if config.kinds != back.kinds and layer_kinds(config) != layer_kinds(back):
         lost.insert(0, f"layers of the kinds {', '.join(sorted(set(config.kinds)))}")
     return lost
+
+
+def layer_kinds(config: ModelConfig) -> list[str]:
+    """The kind of each layer, where attention without a window is "full" by whichever name."""
+    return ["full" if kind == "attention" and config.window is None else kind for kind in config.kinds]
+
+
+def inner_eps(config: ModelConfig) -> float:
+    """The epsilon of the norm inside the SSM."""
+    return config.norm_eps if config.ssm_norm_eps is None else config.ssm_norm_eps
+
+
+def layers(kinds: Sequence[str], window: int | None) -> dict[str, Any]:
+    """`pattern` and `window` of layers of these kinds; a stack without a window is plain "attention"."""
+    if not {"attention", "bmojo"} & set(kinds):
+        kinds, window = ["attention" if kind == "full" else kind for kind in kinds], None
+    return {"pattern": shortest_pattern(kinds), "window": window}
+
+
+def force_window(config: ModelConfig, window: int | None) -> ModelConfig:
+    """The same model with this window for all of its attention layers; None leaves it as it is.
+
+    Raises ConversionError where no layer attends, and for bmojo layers of another window.
+    """
+    if window is None:
+        return config
+    kinds = layer_kinds(config)
+    if set(kinds) == {"ssm"}:
+        raise ConversionError(f"window={window} can't be forced: no layer attends")
+    if "bmojo" in kinds and window != config.window:
+        raise ConversionError(f"window={window} can't be forced: bmojo layers keep theirs, which is {config.window}")
+    pattern = shortest_pattern(["attention" if kind == "full" else kind for kind in kinds])
+    chunk = config.chunk_size if window == config.window else chunk_size(window)
+    return config.replace(pattern=pattern, window=window, chunk_size=chunk)
 
 
 def chunk_size(window: int | None) -> int:
