@@ -200,8 +200,8 @@ DAMAGE = {
     "keys of whole numbers": (
         {},
         {"layers.0.k": torch.zeros(3, 8, 2, 8, dtype=torch.int64)},
-        "layers.0.k of the state must be torch.float32 or torch.float64 or torch.bfloat16 or "
-        "torch.float16, got torch.int64; save it again",
+        "is damaged: layers.0.k must be torch.float32 or torch.float64 or torch.bfloat16 or "
+        "torch.float16, got torch.int64; save the state again",
     ),
     "rows that are lost": ({}, {"layers.1.conv": torch.zeros(2, 3, 16)}, "its tensors differ in batch size; save"),
 }
@@ -290,7 +290,7 @@ def test_scores_and_positions_have_the_digits_that_they_need(state):
             if dtype in allowed:
                 require_fit(changed, state.config, 3, torch.float32)
             else:
-                message = f"^{name} of the state must be {' or '.join(map(str, allowed))}, got {dtype}; save it again$"
+                message = f"^{name} of the state must be {' or '.join(map(str, allowed))}, got {dtype}; save the state again$"
                 with pytest.raises(StateError, match=message):
                     require_fit(changed, state.config, 3, torch.float32)
 

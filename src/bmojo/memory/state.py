@@ -160,7 +160,7 @@ def _layers(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tupl
                     f"{path} is damaged: layers.{i}.{name} is {'missing' if tensor is None else tuple(tensor.shape)}, "
                     f"expected [batch, {', '.join(map(str, entry.shape))}]; save the state again"
                 )
-            _require_dtype(f"layers.{i}.{name}", entry, tensor.dtype)
+            _require_dtype(f"{path} is damaged: layers.{i}.{name}", entry, tensor.dtype)
             layer[name] = tensor
         layers.append(layer)
     if len({tensor.shape[0] for layer in layers for tensor in layer.values()}) != 1:
@@ -180,7 +180,7 @@ def require_fit(state: MemoryState, config: ModelConfig, batch: int, dtype: torc
         got = state.layers[0][name].dtype
         if entry.kind == "verbatim" and got != dtype and not autocast:
             raise StateError(f"the state holds {got} rows, the model {dtype}; use state.to(dtype={dtype})")
-        _require_dtype(name, entry, got)
+        _require_dtype(f"{name} of the state", entry, got)
 
 
 @functools.lru_cache(maxsize=64)  # asked for every token
@@ -191,7 +191,7 @@ def _first_layer(config: ModelConfig) -> dict[str, Entry]:
 def _require_dtype(name: str, entry: Entry, got: torch.dtype) -> None:
     if got not in DTYPES[entry.kind]:
         allowed = " or ".join(map(str, DTYPES[entry.kind]))
-        raise StateError(f"{name} of the state must be {allowed}, got {got}; save it again")
+        raise StateError(f"{name} must be {allowed}, got {got}; save the state again")
 
 
 def require_same(saved: ModelConfig, config: ModelConfig) -> None:
