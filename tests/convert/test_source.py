@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import close, draw_tokens, shaken
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, BambaConfig, LlamaConfig, Mamba2Config
 
 import bmojo
 from bmojo.convert import ConversionError, convert, job
@@ -141,3 +141,33 @@ def test_gguf_needs_its_package(tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(MissingPackageError, match="pip install gguf"):
         convert(tmp_path / "model.gguf", tmp_path / "target")
+
+
+def test_what_transformers_saves_of_mamba2_and_bamba_is_read(tmp_path):
+    """Its default limit of steps is infinite, which it writes as an object."""
+    sizes = {"vocab_size": 13, "hidden_size": 16, "num_hidden_layers": 2}
+    mamba2 = Mamba2Config(**sizes, num_heads=4, head_dim=8, n_groups=1, state_size=4, chunk_size=4)
+    bamba = BambaConfig(**sizes, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
+                        attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=4,
+                        mamba_chunk_size=4)  # fmt: skip
+    bamba.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    for config in (mamba2, bamba):
+        theirs = shaken(AutoModelForCausalLM.from_config(config), dtype=torch.float32).eval()
+        theirs.save_pretrained(tmp_path / config.model_type)
+        convert(tmp_path / config.model_type, tmp_path / f"our {config.model_type}")
+        tokens = draw_tokens(2, 20)
+        with torch.no_grad():
+            ours = bmojo.BMojoLM.load(tmp_path / f"our {config.model_type}")
+            close(ours(tokens)[0], theirs(tokens, use_cache=False).logits, 1e-4)
+        back = tmp_path / f"{config.model_type} again"
+        convert(tmp_path / f"our {config.model_type}", back, to=config.model_type)
+        with torch.no_grad():
+            close(AutoModelForCausalLM.from_pretrained(back)(tokens, use_cache=False).logits, ours(tokens)[0], 1e-4)
+        half = convert(tmp_path / config.model_type, tmp_path / f"half {config.model_type}", dtype=torch.bfloat16)
+        assert half.dtype == "bfloat16, float32"  # decay rates and step sizes keep their digits
+
+
+def test_a_window_is_not_made_wider(tmp_path, llama):
+    convert(llama, tmp_path / "swa", window=16)
+    with pytest.raises(ConversionError, match="window=64 can't be forced: it is wider than the model's own, 16"):
+        convert(tmp_path / "swa", tmp_path / "wider", window=64)

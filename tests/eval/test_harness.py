@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import lm_eval
 import pytest
@@ -18,6 +19,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
+import bmojo_lm_eval
 from bmojo import BMojoByteTokenizer, BMojoConfig, BMojoForCausalLM, BMojoLM
 from bmojo.data import train_bpe
 from bmojo.data.documents import Document
@@ -364,3 +366,11 @@ def test_niah_single_1(folder, offline):
         assert a["resps"] == [[greedy_text(model, prompt, 128)]]
         seen.append(length)
     assert seen == [1024, 1024, 4096, 4096, 5120, 5120]
+
+
+def test_an_lm_eval_of_another_shape_is_warned_of(monkeypatch):
+    """`import torch` calls this in every process; it must not fail."""
+    monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
+    monkeypatch.delitem(sys.modules, "lm_eval.models", raising=False)
+    with pytest.warns(UserWarning, match="this lm_eval can't be told of `--model bmojo`"):
+        bmojo_lm_eval.register()

@@ -81,3 +81,11 @@ def test_names_that_the_package_has_not():
     for module in (bmojo, bmojo.hf):
         with pytest.raises(AttributeError, match="BMojoForCausaLM"):
             _ = module.BMojoForCausaLM
+
+
+def test_an_attribute_that_could_not_be_loaded_again_is_not_saved(tmp_path):
+    config = BMojoConfig()
+    config.windows = 3
+    with pytest.raises(ConfigError, match="unknown setting 'windows'; did you mean 'window'"):
+        config.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()

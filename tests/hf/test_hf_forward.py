@@ -203,7 +203,7 @@ def test_states_of_others_are_refused():
     with pytest.raises(StateError, match=r"float64.*float32"):
         hf_model("bmojo", torch.float32)(draw_tokens(2, 6), past_key_values=BMojoCache(state))
     out = model(draw_tokens(2, 6))
-    with pytest.raises(ConfigError, match=r"position_ids start again within a row, behind a cache; give document_ids"):
+    with pytest.raises(ConfigError, match=r"position_ids start again behind a cache; give document_ids"):
         model(draw_tokens(2, 6), position_ids=torch.tensor([[6, 7, 0, 1, 2, 3]]), past_key_values=out.past_key_values)
     with pytest.raises(BMojoError, match="attention_mask must be"):
         model(draw_tokens(2, 6), attention_mask=torch.ones(2, 7), past_key_values=out.past_key_values)
@@ -217,3 +217,25 @@ def test_behind_a_cache_the_mask_of_the_new_tokens_is_enough():
         every = torch.cat((torch.ones(2, 7, dtype=torch.int64), new), 1)
         expected = model(more, attention_mask=every, past_key_values=caches[0]).logits
         assert torch.equal(model(more, attention_mask=new, past_key_values=caches[1]).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"attention_mask": torch.tensor([[0.0] * 6, [-1e9] + [0.0] * 5])}, StateError, "got an additive one"),
+        ({"attention_mask": {"full": None}}, StateError, "must be a tensor .* got dict"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 5, 6, 7]])}, ConfigError, "leave some positions out"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(2, 6, 16)}, ConfigError, "embeddings must be torch.float64"),
+    ],
+)
+def test_what_would_be_misread_is_refused(wrong, error, message):
+    with pytest.raises(error, match=message):
+        hf_model("bmojo")(**{"input_ids": draw_tokens(2, 6), **wrong})
+
+
+def test_positions_that_start_again_behind_a_cache_are_refused():
+    model = hf_model("bmojo")
+    cache = model(draw_tokens(1, 6)).past_key_values
+    with pytest.raises(ConfigError, match="position_ids start again behind a cache"):
+        model(draw_tokens(1, 1), position_ids=torch.tensor([[0]]), past_key_values=cache)
+    assert cache.get_seq_length() == 6

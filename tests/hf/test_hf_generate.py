@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from bmojo import BMojoByteTokenizer, BMojoCache, MemoryState
-from bmojo.errors import BMojoError, StateError
+from bmojo.errors import BMojoError, ConfigError, StateError
 
 GREEDY = {"max_new_tokens": 14, "do_sample": False}
 BEAMS = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False}
@@ -259,3 +259,34 @@ def test_a_cache(bmojo):
         cache.reorder_cache(torch.tensor([0, 2]))
     cache.reset()
     assert (cache.state, cache.get_seq_length()) == (None, 0)
+
+
+def test_padding_on_the_right_is_refused(bmojo):
+    mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
+    with pytest.raises(StateError, match=r"padding behind those of row 1; pad on the left"):
+        bmojo.generate(draw_tokens(2, 6), attention_mask=mask, **GREEDY)
+
+
+def test_packed_prompts(bmojo):
+    """Positions that start again start a document in a prompt, too; document ids are refused."""
+    tokens = draw_tokens(1, 12)
+    positions = torch.cat((torch.arange(7), torch.arange(5)))[None]
+    packed = bmojo.generate(tokens, position_ids=positions, **GREEDY)
+    assert torch.equal(packed[:, 7:], bmojo.generate(tokens[:, 7:], **GREEDY))
+    with pytest.raises(ConfigError, match=r"goes on with one document, got document_ids; give it the last one alone"):
+        bmojo.generate(tokens, document_ids=torch.zeros_like(tokens), **GREEDY)
+
+
+def test_a_prompt_read_in_chunks_makes_its_own_cache(bmojo):
+    tokens = draw_tokens(2, 11)
+    chunked = bmojo.generate(tokens, **GREEDY, prefill_chunk_size=4)
+    assert torch.equal(chunked, bmojo.generate(tokens, **GREEDY))
+
+
+def test_a_cache_of_inference_mode_goes_on_outside(bmojo):
+    tokens = draw_tokens(1, 8)
+    with torch.inference_mode():
+        cache = bmojo(tokens[:, :7]).past_key_values
+    with torch.no_grad():
+        got = bmojo(tokens[:, 7:], past_key_values=cache).logits
+        torch.testing.assert_close(got, bmojo(tokens).logits[:, -1:])

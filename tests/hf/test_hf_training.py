@@ -197,3 +197,13 @@ def test_new_rows_are_drawn_like_the_others(tied):
         assert float(table.weight[13:].detach().std()) == pytest.approx(64**-0.5, rel=0.05)
     assert hf_model("swa", initializer_range=0.5)._init_weights(plain := torch.nn.Linear(100, 100, bias=False)) is None
     assert float(plain.weight.detach().std()) == pytest.approx(0.5, rel=0.05)
+
+
+def test_smoothed_labels_are_shifted_as_all_others(tmp_path):
+    """Trainer then takes the loss itself, and shifts labels for the models alone that it finds in a list."""
+    losses = []
+    for smoothing in (0.0, 1e-9):
+        run = trainer(hf_model("bmojo", torch.float32), tmp_path / str(smoothing), Rows(4, ignored=False),
+                      label_smoothing_factor=smoothing)  # fmt: skip
+        losses.append(run.evaluate(Rows(4, ignored=False))["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -115,10 +115,7 @@ def convert(
         config, read = _open_ours(folder, settings, window) if found == OURS else _open_theirs(folder, settings, window)
         ends = token_ids(folder, settings)
         content = None if format is None else {**format.write(config), **ends}
-        tensors = {
-            name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-            for name, tensor in read().items()
-        }
+        tensors = {name: _cast(name, tensor, dtype) for name, tensor in read().items()}
         with _appearing(target) as place:
             if format is None or content is None:
                 _write_ours(place, config, tensors)
@@ -137,6 +134,12 @@ def convert(
             target=target,
             nbytes=sum(path.stat().st_size for path in target.iterdir()),
         )
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In `dtype`, but for decay rates and step sizes, whose digits matter."""
+    kept = dtype is None or not tensor.is_floating_point() or name.endswith(("A_log", "dt_bias"))
+    return tensor if kept else tensor.to(dtype)
 
 
 def _named(name: str) -> Format:

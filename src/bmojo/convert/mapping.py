@@ -251,6 +251,8 @@ def force_window(config: ModelConfig, window: int | None) -> ModelConfig:
     kinds = layer_kinds(config)
     if set(kinds) == {"ssm"}:
         raise ConversionError(f"window={window} can't be forced: no layer attends")
+    if "attention" in kinds and config.window is not None and window > config.window:
+        raise ConversionError(f"window={window} can't be forced: it is wider than the model's own, {config.window}")
     if "bmojo" in kinds and window != config.window:
         raise ConversionError(f"window={window} can't be forced: bmojo layers keep theirs, which is {config.window}")
     pattern = shortest_pattern(["attention" if kind == "full" else kind for kind in kinds])

@@ -77,12 +77,17 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path} can't be read: {error}; fetch it again") from error
     if not isinstance(settings, dict):
         raise ConversionError(f"{path} must hold a JSON object, got {type(settings).__name__}")
     return settings
+
+
+def _number(entry: dict[str, Any]) -> Any:
+    """Transformers writes an infinite number as {"__float__": "Infinity"}."""
+    return float(entry["__float__"]) if entry.keys() == {"__float__"} else entry
 
 
 def read_weights(folder: Path) -> Weights:

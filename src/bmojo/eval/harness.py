@@ -134,6 +134,8 @@ class HarnessLM(HFLM):
                 f"a continuation must have between 1 and max_length ({self.max_length}) tokens, got {len(continuation)}"
             )
         tokens = (context + continuation)[:-1]
+        if not tokens:
+            raise DataError("a continuation of one token needs a context of at least one: the prefix token will do")
         if len(tokens) > self.max_length:
             logger.warning("%d tokens are more than max_length=%d; the first are cut off", len(tokens), self.max_length)
         return tuple(tokens[-self.max_length :])

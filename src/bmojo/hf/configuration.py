@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from bmojo.config import FORMAT_VERSION, ModelConfig
+from bmojo.config import CHECKPOINT_ENTRIES, FORMAT_VERSION, ModelConfig
 from bmojo.errors import ConfigError, nearest
 
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(ModelConfig))
 # what PretrainedConfig takes, and from_pretrained passes, without keeping it in its dictionary
-_PASSED = {"attn_implementation", "experts_implementation", "name_or_path", "torch_dtype", "tie_word_embeddings",
-           "num_labels", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "auto_map"}  # fmt: skip
+_PASSED = {"attn_implementation", "experts_implementation", "name_or_path", "num_labels"}  # fmt: skip
 
 
 class BMojoConfig(PretrainedConfig):
@@ -39,10 +39,7 @@ class BMojoConfig(PretrainedConfig):
         others = {name: fields.pop(name) for name in list(fields) if name not in _SETTINGS}
         told = {name: others.pop(name) for name in ("model_type", "format_version") if name in others}
         core = ModelConfig.from_checkpoint(fields | told)
-        known = _PASSED | set(PretrainedConfig().to_dict()) | set(dir(PretrainedConfig))
-        for name in others:
-            if name not in known and not name.startswith("_"):
-                raise ConfigError(f"unknown setting {name!r}; {nearest(name, _SETTINGS)}")
+        _require_known(others)
         self.use_cache = others.pop("use_cache", True)
         self.tie_word_embeddings = others.pop("tie_word_embeddings", core.tie_embeddings)
         if self.tie_word_embeddings != core.tie_embeddings:
@@ -64,15 +61,30 @@ class BMojoConfig(PretrainedConfig):
         """The settings as a frozen, validated ModelConfig."""
         return ModelConfig.from_dict({name: getattr(self, name) for name in _SETTINGS})
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Write config.json. Raises ConfigError for an attribute that could not be loaded again."""
+        _require_known(self.to_dict())
+        return super().save_pretrained(*args, **kwargs)
+
     def _keep(self, core: ModelConfig) -> None:
         for name, value in core.to_dict().items():
             setattr(self, name, value)
 
 
+def _require_known(names: Iterable[str]) -> None:
+    known = _SETTINGS | _PASSED | CHECKPOINT_ENTRIES | set(PretrainedConfig().to_dict())
+    for name in names:
+        if name not in known and not name.startswith("_"):
+            raise ConfigError(f"unknown setting {name!r}; {nearest(name, _SETTINGS)}")
+
+
 def _register_model() -> None:
     """A configuration comes before any model: by now Transformers is loaded, and AutoModel can be told."""
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from bmojo.hf.modeling import BMojoForCausalLM
 
     AutoModelForCausalLM.register(BMojoConfig, BMojoForCausalLM, exist_ok=True)
+    # `register` leaves this list out, by which Trainer and PEFT know whose labels the model's own loss shifts
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[BMojoConfig.model_type] = BMojoForCausalLM.__name__

@@ -141,9 +141,7 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
         read = 0 if cache is None else cache.get_seq_length()
         mask = None if attention_mask is None else _own_mask(attention_mask, inputs, read)
         if document_ids is None and position_ids is not None:
-            document_ids = _documents(position_ids, inputs, mask)
-            if document_ids is not None and cache is not None and cache.is_initialized:
-                raise ConfigError("position_ids start again within a row, behind a cache; give document_ids instead")
+            document_ids = _documents(position_ids, inputs, mask, read)
         trace = auxiliary_trace(self.model.config) if labels is not None and self.training else None
         wants_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if wants_hidden:
@@ -154,7 +152,7 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
             None if cache is None else cache.take(),
             mask=mask,
             document_ids=document_ids,
-            donate=use_cache and not torch.is_grad_enabled(),
+            donate=use_cache and _may_write(cache),
             trace=trace,
         )
         if use_cache:
@@ -187,7 +185,7 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
     # generation
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the first forward pass makes a BMojoCache
+        return False  # but a BMojoCache, see below
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> Any:
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -196,7 +194,9 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
                 "the memory of a bmojo model has a size of its own"
             )
         generation_config.cache_implementation = None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = BMojoCache()
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -226,6 +226,19 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
                     f"and the attention_mask of all; got {given} tokens. BMojoCache(cache.state) takes new ones alone"
                 )
             inputs["input_ids"] = input_ids[:, given - new :]
+        time = next(inputs[name] for name in ("inputs_embeds", "input_ids") if name in inputs).shape[1]
+        if kwargs.get("document_ids") is not None:
+            raise ConfigError("generate goes on with one document, got document_ids; give it the last one alone")
+        if attention_mask is not None and time > 1:
+            ended = attention_mask.bool().any(1) & ~attention_mask[:, -1].bool()
+            if bool(ended.any()):
+                raise StateError(
+                    "generate needs tokens at the end of every row, got padding behind those of row "
+                    f"{int(ended.nonzero()[0])}; pad on the left (tokenizer.padding_side = 'left')"
+                )
+        positions = kwargs.get("position_ids")
+        if positions is not None and positions.shape[-1] >= time:
+            inputs["position_ids"] = positions[:, -time:]
         names = ("use_cache", "logits_to_keep", "output_hidden_states", "output_attentions", "return_dict")
         return inputs | {name: kwargs[name] for name in names if name in kwargs}
 
@@ -233,10 +246,16 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
 def _own_mask(attention_mask: Tensor, inputs: Tensor, read: int) -> Tensor | None:
     """The part of the mask [batch, read + time], or [batch, time], that this call's tokens have; None if all ones."""
     batch, time = inputs.shape[:2]
+    if not isinstance(attention_mask, Tensor):
+        raise StateError(f"attention_mask must be a tensor [batch, tokens so far], got {type(attention_mask).__name__}")
     if attention_mask.shape not in ((batch, read + time), (batch, time)):
         raise StateError(
             f"attention_mask must be {(batch, read + time)}, [batch, tokens so far], or {(batch, time)}, "
             f"got {tuple(attention_mask.shape)}; for packed documents give document_ids"
+        )
+    if attention_mask.is_floating_point() and bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+        raise StateError(
+            "attention_mask must be 1 at tokens and 0 at padding, got an additive one; leave that to the model"
         )
     mask = attention_mask[:, -time:].to(torch.bool)
     changes = (mask[:, 1:] != mask[:, :-1]).sum(1)
@@ -249,14 +268,27 @@ def _own_mask(attention_mask: Tensor, inputs: Tensor, read: int) -> Tensor | Non
     return None if bool(mask.all()) else mask
 
 
-def _documents(position_ids: Tensor, inputs: Tensor, mask: Tensor | None) -> Tensor | None:
-    """[batch, time]: documents counted from 0; None if no row starts again. Positions of padding mean nothing."""
+def _may_write(cache: BMojoCache | None) -> bool:
+    """Whether a forward pass may write into the state of this cache: not where autograd may need what was there."""
+    state = None if cache is None else cache.take()
+    frozen = state is not None and state.position.is_inference() and not torch.is_inference_mode_enabled()
+    return not torch.is_grad_enabled() and not frozen
+
+
+def _documents(position_ids: Tensor, inputs: Tensor, mask: Tensor | None, read: int) -> Tensor | None:
+    """[batch, time]: documents counted from 0; None if no row starts again. Positions of padding mean nothing.
+
+    Raises ConfigError for positions that leave some out, or start again behind `read` tokens of a cache.
+    """
     batch, time = inputs.shape[:2]
     if position_ids.shape not in ((batch, time), (1, time)):
         raise ConfigError(f"position_ids must be [batch, time], {(batch, time)}, got {tuple(position_ids.shape)}")
-    starts = (position_ids[:, 1:] != position_ids[:, :-1] + 1).expand(batch, -1)
-    if mask is not None:
-        starts = starts & mask[:, 1:] & mask[:, :-1]
-    if not bool(starts.any()):
-        return None
-    return nn.functional.pad(starts.long().cumsum(1), (1, 0))
+    real = torch.ones(batch, time, dtype=torch.bool, device=position_ids.device) if mask is None else mask
+    step = position_ids[:, 1:] - position_ids[:, :-1]
+    both = real[:, 1:] & real[:, :-1]
+    if bool(((step > 1) & both).any()):
+        raise ConfigError("position_ids leave some positions out; leave them out, the model counts by itself")
+    starts = nn.functional.pad((step < 1) & both, (1, 0))
+    if read and bool(starts[:, 1:].any() | ((position_ids[:, 0] == 0) & real[:, 0]).any()):
+        raise ConfigError("position_ids start again behind a cache; give document_ids instead, or a new cache")
+    return starts.long().cumsum(1) if bool(starts.any()) else None

@@ -79,7 +79,9 @@ class MemoryState:
         return self.map(lambda tensor: tensor.index_select(0, index))
 
     def repeat(self, times: int) -> MemoryState:
-        """Each row `times` times, one after the other."""
+        """Each row `times` times, at least once, one after the other."""
+        if times < 1:
+            raise StateError(f"times must be at least 1, got {times}")
         return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
 
     def detach(self) -> MemoryState:
@@ -173,7 +175,8 @@ def require_fit(state: MemoryState, config: ModelConfig, batch: int, dtype: torc
     require_same(state.config, config)
     if state.batch_size != batch:
         raise StateError(
-            f"the state has batch size {state.batch_size}, the tokens {batch}; use state.select or state.repeat"
+            f"the state has batch size {state.batch_size}, the tokens {batch}; use state.select or state.repeat "
+            "(of a cache: batch_select_indices, batch_repeat_interleave)"
         )
     autocast = torch.is_autocast_enabled(state.position.device.type)
     for name, entry in _first_layer(config).items():

@@ -207,8 +207,11 @@ class BMojoLM(nn.Module):
                 "tokens must be whole numbers of shape [batch, time], both at least 1, or their embeddings "
                 f"[batch, time, {self.config.hidden_size}], got {tokens.dtype} {tuple(tokens.shape)}"
             )
+        dtype, autocast = self.embed.weight.dtype, torch.is_autocast_enabled(tokens.device.type)
+        if embedded and tokens.dtype != dtype and not autocast:
+            raise ConfigError(f"embeddings must be {dtype}, as the model is, got {tokens.dtype}")
         if state is not None:
-            require_fit(state, self.config, tokens.shape[0], self.embed.weight.dtype)
+            require_fit(state, self.config, tokens.shape[0], dtype)
 
     # checkpoints: a folder with config.json and model.safetensors, or shards and their index
     def save(self, folder: str | os.PathLike) -> None:
