@@ -268,7 +268,9 @@ def test_a_state_fits_a_model_of_its_configuration_batch_and_dtype(state):
     require_fit(state, config, 3, single)
     for wrong, message in (
         ((state, small_preset("bmojo", window=12), 3, single), "^the state belongs to another model: window is 12"),
-        ((state, config, 2, single), "^the state has batch size 3, the tokens 2; use state.select or state.repeat "),
+        ((state, config, 2, single),
+         r"^the state has batch size 3, the tokens 2; use state.select or state.repeat "
+         r"\(of a cache: batch_select_indices, batch_repeat_interleave\)$"),
         ((state, config, 3, torch.bfloat16),
          r"^the state holds torch.float32 rows, the model torch.bfloat16; use state.to\(dtype=torch.bfloat16\)$"),
     ):  # fmt: skip
@@ -304,3 +306,5 @@ def test_select_takes_indices_alone(state):
 def test_a_state_is_repeated_once_at_least(state):
     with pytest.raises(StateError, match="times must be at least 1, got 0"):
         state.repeat(0)
+    for layer, kept in zip(state.repeat(1).layers, state.layers, strict=True):
+        assert all(torch.equal(layer[name], kept[name]) for name in kept)
