@@ -6,9 +6,10 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from bmojo.errors import ConfigError, nearest
+from bmojo.errors import CheckpointError, ConfigError, nearest
 
 FORMAT_VERSION = 1  # of model folders
 # what Transformers and `save` write into a config.json beside the settings
@@ -291,6 +292,14 @@ class ModelConfig:
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise ConfigError(f"format_version is {version!r}, this bmojo reads up to {FORMAT_VERSION}; update bmojo")
         return cls.from_dict({name: value for name, value in fields.items() if name not in CHECKPOINT_ENTRIES})
+
+    @classmethod
+    def read(cls, path: Path) -> ModelConfig:
+        """The settings in the config.json at `path`; CheckpointError names it if they can't be had from it."""
+        try:
+            return cls.from_checkpoint(path.read_text(encoding="utf-8"))
+        except (ConfigError, TypeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} is not a bmojo configuration: {error}") from None
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bmojo.convert.mapping import ConversionError, Shape
 from bmojo.errors import MissingPackageError
+from bmojo.nn.model import shard_names
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -100,9 +101,8 @@ def read_weights(folder: Path) -> Weights:
         how = "its weights are pickled; save them as safetensors first" if pickled else f"{WEIGHTS} is missing"
         raise ConversionError(f"{folder} can't be converted: {how}")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / Path(name).name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files = [folder / name for name in shard_names(index)]
+    except (OSError, ValueError) as error:
         raise ConversionError(f"{index} can't be read: {error!r}; fetch it again") from error
     for file in files:
         if not file.is_file():

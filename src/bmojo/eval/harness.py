@@ -203,10 +203,7 @@ def _open(path: Path) -> tuple[Path, ModelConfig]:
         raise CheckpointError(
             f"no bmojo model at {path}: expected a folder of `bmojo train` or save_pretrained, with a config.json"
         )
-    try:
-        return folder, ModelConfig.from_checkpoint(file.read_text(encoding="utf-8"))
-    except (ConfigError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is not a bmojo configuration: {error}") from None
+    return folder, ModelConfig.read(file)
 
 
 def _find_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase | None:

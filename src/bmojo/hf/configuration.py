@@ -13,7 +13,8 @@ from bmojo.errors import ConfigError, nearest
 
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(ModelConfig))
 # what PretrainedConfig takes, and from_pretrained passes, without keeping it in its dictionary
-_PASSED = {"attn_implementation", "experts_implementation", "name_or_path", "num_labels"}  # fmt: skip
+_PASSED = {"attn_implementation", "experts_implementation", "name_or_path", "num_labels"}
+_KNOWN = _SETTINGS | _PASSED | CHECKPOINT_ENTRIES | set(PretrainedConfig().to_dict())
 
 
 class BMojoConfig(PretrainedConfig):
@@ -48,7 +49,8 @@ class BMojoConfig(PretrainedConfig):
                 "give tie_embeddings alone"
             )
         super().__init__(**others)
-        self._keep(core)
+        for name, value in core.to_dict().items():
+            setattr(self, name, value)
         self.format_version = FORMAT_VERSION
         _register_model()
 
@@ -66,15 +68,10 @@ class BMojoConfig(PretrainedConfig):
         _require_known(self.to_dict())
         return super().save_pretrained(*args, **kwargs)
 
-    def _keep(self, core: ModelConfig) -> None:
-        for name, value in core.to_dict().items():
-            setattr(self, name, value)
-
 
 def _require_known(names: Iterable[str]) -> None:
-    known = _SETTINGS | _PASSED | CHECKPOINT_ENTRIES | set(PretrainedConfig().to_dict())
     for name in names:
-        if name not in known and not name.startswith("_"):
+        if name not in _KNOWN and not name.startswith("_"):
             raise ConfigError(f"unknown setting {name!r}; {nearest(name, _SETTINGS)}")
 
 

@@ -12,14 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from bmojo.data.packing import IGNORED_LABEL
 from bmojo.errors import ConfigError, StateError
 from bmojo.hf.cache import BMojoCache
 from bmojo.hf.configuration import BMojoConfig
 from bmojo.nn.loss import auxiliary_loss, auxiliary_trace, cross_entropy
 from bmojo.nn.mixer import Trace
 from bmojo.nn.model import BMojoLM
-
-IGNORED_LABEL = -100  # as everywhere in Transformers
 
 
 class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
@@ -258,6 +257,8 @@ def _own_mask(attention_mask: Tensor, inputs: Tensor, read: int) -> Tensor | Non
             "attention_mask must be 1 at tokens and 0 at padding, got an additive one; leave that to the model"
         )
     mask = attention_mask[:, -time:].to(torch.bool)
+    if bool(mask.all()):
+        return None
     changes = (mask[:, 1:] != mask[:, :-1]).sum(1)
     if bool((changes > 1).any()):
         row = int((changes > 1).nonzero()[0])
@@ -265,7 +266,7 @@ def _own_mask(attention_mask: Tensor, inputs: Tensor, read: int) -> Tensor | Non
             f"attention_mask must be ones with padding before or after them, row {row} is "
             f"{''.join(str(int(one)) for one in mask[row, :40])}; BMojoLM takes padding anywhere (mask=)"
         )
-    return None if bool(mask.all()) else mask
+    return mask
 
 
 def _may_write(cache: BMojoCache | None) -> bool:
@@ -283,12 +284,20 @@ def _documents(position_ids: Tensor, inputs: Tensor, mask: Tensor | None, read: 
     batch, time = inputs.shape[:2]
     if position_ids.shape not in ((batch, time), (1, time)):
         raise ConfigError(f"position_ids must be [batch, time], {(batch, time)}, got {tuple(position_ids.shape)}")
-    real = torch.ones(batch, time, dtype=torch.bool, device=position_ids.device) if mask is None else mask
-    step = position_ids[:, 1:] - position_ids[:, :-1]
-    both = real[:, 1:] & real[:, :-1]
-    if bool(((step > 1) & both).any()):
+    again = ConfigError("position_ids start again behind a cache; give document_ids instead, or a new cache")
+    first = position_ids[:, 0] == 0
+    if read and bool((first if mask is None else first & mask[:, 0]).any()):
+        raise again
+    if time == 1:  # the token that `generate` adds
+        return None
+    step = (position_ids[:, 1:] - position_ids[:, :-1]).expand(batch, -1)
+    if mask is not None:
+        step = step.masked_fill(~(mask[:, 1:] & mask[:, :-1]), 1)
+    if bool((step > 1).any()):
         raise ConfigError("position_ids leave some positions out; leave them out, the model counts by itself")
-    starts = nn.functional.pad((step < 1) & both, (1, 0))
-    if read and bool(starts[:, 1:].any() | ((position_ids[:, 0] == 0) & real[:, 0]).any()):
-        raise ConfigError("position_ids start again behind a cache; give document_ids instead, or a new cache")
-    return starts.long().cumsum(1) if bool(starts.any()) else None
+    starts = step < 1
+    if not bool(starts.any()):
+        return None
+    if read:
+        raise again
+    return nn.functional.pad(starts.long().cumsum(1), (1, 0))

@@ -26,6 +26,24 @@ from bmojo.nn.mixer import Mixer, Trace
 from bmojo.nn.ssm import State
 
 
+def shard_names(index: Path) -> list[str]:
+    """The files beside `index`, a model.safetensors.index.json, that it names. Raises ValueError if it is none."""
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return sorted({Path(file).name for file in files})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(repr(error)) from error
+
+
+def require_weights(model: nn.Module, shapes: dict[str, tuple[int, ...]], otherwise: str) -> None:
+    """Raise CheckpointError, `otherwise` and the first difference, unless a model has just the tensors of `shapes`."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if shapes != expected:
+        name = sorted(expected.items() ^ shapes.items())[0][0]
+        got = shapes.get(name, "missing")
+        raise CheckpointError(f"{otherwise}: {name} is {got}, expected {expected.get(name, 'no such tensor')}")
+
+
 def read_safetensors(folder: Path, device: str = "cpu") -> dict[str, Tensor]:
     """All tensors of a model folder: model.safetensors, or the shards that model.safetensors.index.json names.
 
@@ -35,8 +53,8 @@ def read_safetensors(folder: Path, device: str = "cpu") -> dict[str, Tensor]:
     names = ["model.safetensors"]
     if index.is_file() and not (folder / names[0]).is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = shard_names(index)
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{index} is corrupt: {error!r}") from None
     tensors: dict[str, Tensor] = {}
     for name in names:
@@ -232,20 +250,11 @@ class BMojoLM(nn.Module):
         path = folder / "config.json"
         if not path.is_file():
             raise CheckpointError(f"no checkpoint at {folder}: config.json is missing")
-        try:
-            config = ModelConfig.from_checkpoint(path.read_text(encoding="utf-8"))
-        except (ConfigError, TypeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is not a bmojo configuration: {error}") from None
+        config = ModelConfig.read(path)
         tensors = {name.removeprefix("model."): tensor for name, tensor in read_safetensors(folder, device).items()}
         with torch.device("meta"):
             model = cls(config)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if expected != got:
-            name = sorted(set(expected.items()) ^ set(got.items()))[0][0]
-            raise CheckpointError(
-                f"the weights in {folder} do not belong to its config.json: {name} is {got.get(name, 'missing')}, "
-                f"expected {expected.get(name, 'no such tensor')}"
-            )
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        require_weights(model, shapes, f"the weights in {folder} do not belong to its config.json")
         model.load_state_dict(tensors, assign=True)
         return model

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from bmojo.config import ModelConfig
-from bmojo.errors import CheckpointError, ConfigError
-from bmojo.nn.model import BMojoLM
+from bmojo.errors import CheckpointError
+from bmojo.nn.model import BMojoLM, require_weights
 
 SHARDS = "pytorch_model_fsdp_0"
 
@@ -71,10 +71,7 @@ def _config(shards: Path, given: Path | None) -> ModelConfig:
         places = [folder / "config.json" for folder in (shards, shards.parent, shards.absolute().parents[1])]
     for path in places:
         if path.is_file():
-            try:
-                return ModelConfig.from_checkpoint(path.read_text(encoding="utf-8"))
-            except (ConfigError, TypeError, UnicodeDecodeError) as error:
-                raise CheckpointError(f"{path} is not a bmojo configuration: {error}") from None
+            return ModelConfig.read(path)
     if given is not None:
         raise CheckpointError(f"no configuration at {places[0]}; name the config.json of the model")
     raise CheckpointError(f"no config.json beside {shards}; name that of the model with --config")
@@ -92,14 +89,8 @@ def _read(shards: Path, model: BMojoLM) -> dict[str, torch.Tensor]:
     if gone := sorted(piece for piece in pieces if not (shards / piece).is_file()):
         raise CheckpointError(f"{shards} is not whole: {', '.join(gone)} is missing; copy it from where it was written")
     own = {name: _own_name(name) for name in stored}
-    got = {own[name]: tuple(entry.size) for name, entry in stored.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if got != expected:
-        name = sorted(set(expected.items()) ^ set(got.items()))[0][0]
-        raise CheckpointError(
-            f"the weights in {shards} do not belong to the configuration: {name} is {got.get(name, 'missing')}, "
-            f"expected {expected.get(name, 'no such tensor')}"
-        )
+    shapes = {own[name]: tuple(entry.size) for name, entry in stored.items()}
+    require_weights(model, shapes, f"the weights in {shards} do not belong to the configuration")
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
     try:
         with warnings.catch_warnings():
