@@ -23,6 +23,7 @@ SSMS = ("ssd", "gdn")
 FADINGS = ("window", "summary")
 POSITIONS = ("true", "compact")
 INNOVATIONS = ("rls", "ema", "state", "head", "random", "recent", "first")
+ADMISSIONS = ("innovation", "learned")
 
 
 class Parts(NamedTuple):
@@ -86,6 +87,8 @@ class ModelConfig:
     innovation_dim: int = 32  # rls works on a fixed random projection of the input to this many dimensions
     innovation_forgetting: float = 0.999  # of rls and ema, per token
     head_loss_weight: float = 0.1  # of the auxiliary loss that trains the "head" predictor
+    admission: str = "innovation"  # "learned": the innovation times the odds that the token will be looked at
+    admission_loss_weight: float = 0.1  # of the auxiliary loss that trains learned admission
     eidetic_threshold: float = 0.0  # a token with a lower score is not admitted
     eidetic_decay: float = 1.0  # of scores, per token of age
     positions: str = "compact"  # of eidetic keys: bounded distances, or "true"
@@ -98,7 +101,7 @@ class ModelConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("norm_eps", "rope_theta", "innovation_forgetting", "head_loss_weight", "eidetic_threshold",
-                     "eidetic_decay", "initializer_range", "ssm_norm_eps"):  # fmt: skip
+                     "eidetic_decay", "admission_loss_weight", "initializer_range", "ssm_norm_eps"):  # fmt: skip
             value = getattr(self, name)
             optional = name in ("initializer_range", "ssm_norm_eps") and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -111,7 +114,8 @@ class ModelConfig:
             self._at_least(name, 1)
         for name in ("intermediate_size", "conv_size", "fading_span", "eidetic_slots"):
             self._at_least(name, 0)
-        for name, known in (("ssm", SSMS), ("fading", FADINGS), ("positions", POSITIONS), ("innovation", INNOVATIONS)):
+        for name, known in (("ssm", SSMS), ("fading", FADINGS), ("positions", POSITIONS), ("innovation", INNOVATIONS),
+                            ("admission", ADMISSIONS)):  # fmt: skip
             self._one_of(name, getattr(self, name), known)
         if not self.pattern:
             raise ConfigError(f"pattern must name at least one layer kind, got none; use some of {', '.join(LAYERS)}")
@@ -175,7 +179,7 @@ class ModelConfig:
         for name in ("innovation_forgetting", "eidetic_decay"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be in (0, 1], got {getattr(self, name)}")
-        for name in ("eidetic_threshold", "head_loss_weight"):
+        for name in ("eidetic_threshold", "head_loss_weight", "admission_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("rope_theta", "norm_eps", "initializer_range", "ssm_norm_eps"):
@@ -219,9 +223,15 @@ class ModelConfig:
         if not any(part.fading for part in has):
             idle |= {"fading", "tie_sources"}
         if not any(part.eidetic for part in has):
-            idle |= {name for name in names if name.startswith(("innovation", "eidetic_"))} - {"eidetic_slots"}
-            idle |= {"positions", "head_loss_weight"}
+            idle |= {name for name in names if name.startswith(("innovation", "eidetic_", "admission"))}
+            idle = idle - {"eidetic_slots"} | {"positions", "head_loss_weight"}
         return idle
+
+    @property
+    def has_auxiliary_losses(self) -> bool:
+        """Whether some layer has a loss of its own, that trains what chooses its eidetic memory."""
+        learned = self.innovation == "head" or self.admission == "learned"
+        return learned and any(self.parts(kind).eidetic for kind in self.pattern)
 
     # derived sizes
     @property

@@ -73,6 +73,7 @@ def configs(draw: st.DrawFn, family: str, layers: int = 2) -> ModelConfig:
             "innovation_forgetting": of(0.995, 0.8),
             "eidetic_threshold": of(0.0, 0.4),
             "eidetic_decay": of(1.0, 0.93),
+            "admission": of("innovation", "learned"),
         }
         if layers > 1:
             fields["pattern"] = of(("bmojo",), ("ssm", "bmojo"), ("bmojo", "attention"), ("full", "bmojo"))

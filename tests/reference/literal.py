@@ -197,6 +197,9 @@ def literal_mixer(mixer: Mixer, x: Array) -> Reading:
         return z if norm is None else rms_norm(z, norm, eps)
 
     scores = innovation(mixer, w, shifted, y, state_error) if E else None
+    if E and config.admission == "learned":
+        features = np.stack([x, shifted][: 1 + bool(config.conv_size)], 1)  # [T, 1 or 2, D]
+        scores = scores * np.exp(np.einsum("tnd,nd->t", features, w["admission.weight"]) + w["admission.bias"])
     sets = [eidetic_set(config, scores, c * C) for c in range(T // C + 1)] if scores is not None else []
     output = np.zeros((T, config.hidden_size))
     for i in range(T):

@@ -51,7 +51,7 @@ def test_adds_the_auxiliary_loss_of_the_head(batch):
     model = BMojoLM(presets.bmojo("tiny", **TINY, innovation="head", head_loss_weight=0.5)).double()
     trace = Trace()
     logits, _ = model(batch["tokens"], trace=trace)
-    expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) + 0.5 * sum(trace.losses)
+    expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) + sum(trace.losses)
     assert len(trace.losses) == 2
     torch.testing.assert_close(next_token_loss(model, batch), expected, rtol=1e-12, atol=0)
 

@@ -19,14 +19,14 @@ from bmojo.errors import BMojoError, nearest
 
 
 class Verb(NamedTuple):
-    """A command: the function of its own name in `module`, loaded when it is called."""
+    """A command: the function of its name's last word in `module`, loaded when it is called."""
 
     module: str
     help: str
     resumes: bool = False  # after an interrupt the same command goes on
 
     def function(self, name: str) -> Callable[..., Any]:
-        return getattr(importlib.import_module(self.module), name)
+        return getattr(importlib.import_module(self.module), name.split()[-1])
 
 
 VERBS = {
@@ -34,6 +34,11 @@ VERBS = {
     "info": Verb("bmojo.cli.info", "Parameters, FLOPs and state bytes of a configuration."),
     "train": Verb("bmojo.cli.train", "Train a model on text.", resumes=True),
     "eval": Verb("bmojo.cli.eval", "Bits per byte of a trained model on text."),
+    "eval recall": Verb("bmojo.cli.eval_recall", "Recall of key-value pairs by distance, number, length and filler."),
+    "eval mad": Verb("bmojo.cli.eval_mad", "A task of MAD at baseline and harder settings."),
+    "eval needle": Verb("bmojo.cli.eval_needle", "A fact hidden in real text, by length and depth."),
+    "eval length": Verb("bmojo.cli.eval_length", "What a model still does on texts longer than it was trained on."),
+    "sweep": Verb("bmojo.cli.sweep", "Train models over a grid of settings on a synthetic task.", resumes=True),
     "generate": Verb("bmojo.cli.generate", "Text from a trained model, as it is made."),
     "convert": Verb("bmojo.cli.convert", "Models of Llama, Mistral, Qwen, Mamba-2 and others in, and back out."),
     "export": Verb("bmojo.cli.export", "A sharded checkpoint (FSDP) as a model folder."),
@@ -44,6 +49,8 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (default: this process') and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if (words := " ".join(arguments[:2])) in VERBS:  # a folder of that name is ./recall
+        arguments[:2] = [words]
     name = arguments[0]
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bmojo.cli.checkpoint import open_checkpoint
 from bmojo.cli.options import AsJson, Checkpoint, Errors, Seed, Threads, TokenizerSpec, use_threads
 from bmojo.data import TextData, read_documents
+from bmojo.data.tokenizers import Tokenizer
 from bmojo.errors import DataError
+
+if TYPE_CHECKING:
+    from bmojo.eval import Documents
 
 LONG_DOCUMENTS = 16  # read for the scores by position
 FIRST_POSITION, LAST_POSITION = 64, 65536
@@ -42,16 +47,11 @@ def eval(
     errors: Errors = "strict",
     as_json: AsJson = False,
 ) -> None:
-    from bmojo.eval import Documents, TokenLists, by_position, score_documents
+    from bmojo.eval import by_position, score_documents
 
     use_threads(threads)
     model, codec = open_checkpoint(checkpoint, tokenizer)
-    if text is not None:
-        store: Documents = TokenLists(read_documents(text, errors=errors), codec)
-    elif (checkpoint / "data").is_dir():
-        store = TextData(checkpoint / "data").eval
-    else:
-        raise DataError(f"{checkpoint} keeps no held-out text; name some with --text")
+    store = text_to_score(checkpoint, codec, text, errors)
     score = score_documents(model, store, max_bytes=max_bytes, context=context, seed=seed)
     positions = [2**i for i in range(FIRST_POSITION.bit_length() - 1, LAST_POSITION.bit_length())]
     positions = [position for position in positions if position <= store.lengths.max()]
@@ -73,3 +73,14 @@ def eval(
     print(f"{score.documents:,} documents, {score.bytes:,} bytes; {how}")
     for position, bits in curve:
         print(f"up to token {position:>6,}: {bits:.4f} bits per byte")
+
+
+def text_to_score(checkpoint: Path, codec: Tokenizer, text: str | None, errors: str) -> Documents:
+    """The documents of `text`, or those that the run in `checkpoint` held out. Raises DataError if it has none."""
+    from bmojo.eval import TokenLists
+
+    if text is not None:
+        return TokenLists(read_documents(text, errors=errors), codec)
+    if (checkpoint / "data").is_dir():
+        return TextData(checkpoint / "data").eval
+    raise DataError(f"{checkpoint} keeps no held-out text; name some with --text")

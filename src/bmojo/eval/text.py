@@ -117,9 +117,30 @@ def by_position(
 ) -> list[list[float]]:
     """[position, bits per byte] of the tokens number (previous position, position] of long documents.
 
+    The documents are those of `position_bits`. Bits are means over tokens, divided by `bytes_per_token`.
+    """
+    edges, bits, counts = position_bits(
+        model, store, positions=positions, documents=documents, segment=segment, batch_size=batch_size, seed=seed
+    )
+    means = bits.sum(0) / counts.sum(0) / bytes_per_token
+    return [[edge, float(mean)] for edge, mean in zip(edges, means, strict=True)]
+
+
+def position_bits(
+    model: BMojoLM,
+    store: Documents,
+    *,
+    positions: list[int],
+    documents: int,
+    segment: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> tuple[list[int], NDArray[np.float64], NDArray[np.float64]]:
+    """n ascending positions; bits, and number, of the tokens (previous position, position], [documents, n] each.
+
     Takes `documents` documents drawn by `seed` among those with at least max(positions) tokens and, where these are too
-    few, the longest of the others; a position that none of them reaches is left out. Bits are means over tokens,
-    divided by `bytes_per_token`. The first token costs log2(vocab_size) bits, as in `score_documents`.
+    few, the longest of the others; a position that none of them reaches is left out. The first token costs
+    log2(vocab_size) bits, as in `score_documents`.
     """
     edges = sorted(set(positions))
     if not edges or edges[0] < 1 or len(store) == 0:
@@ -128,16 +149,16 @@ def by_position(
     drawn = np.random.default_rng(seed).permutation(len(store))
     chosen = drawn[np.argsort(-reach[drawn], kind="stable")][:documents]
     edges = [edge for edge in edges if edge <= reach[chosen].max()]
+    bits, counts = np.zeros((2, len(chosen), len(edges)))
     if not edges:
-        return []
-    bits, counts = np.zeros(edges[-1]), np.zeros(edges[-1])
-    tokens = [store[int(document)][: edges[-1]] for document in chosen]
-    for _, costs in token_bits(model, tokens, segment=segment, batch_size=batch_size):
-        bits[: len(costs)] += costs
-        counts[: len(costs)] += 1
+        return edges, bits, counts
     starts = [0, *edges[:-1]]
-    totals, numbers = np.add.reduceat(bits, starts), np.add.reduceat(counts, starts)
-    return [[edge, float(mean)] for edge, mean in zip(edges, totals / numbers / bytes_per_token, strict=True)]
+    tokens = [store[int(document)][: edges[-1]] for document in chosen]
+    for i, costs in token_bits(model, tokens, segment=segment, batch_size=batch_size):
+        padded = np.pad(costs, (0, edges[-1] - len(costs)))
+        bits[i] = np.add.reduceat(padded, starts)
+        counts[i] = np.clip(len(costs) - np.array(starts), 0, np.diff([*starts, edges[-1]]))
+    return edges, bits, counts
 
 
 def token_bits(
@@ -177,21 +198,22 @@ def _read_side_by_side(
             mask[row, : len(part) - 1] = True
         x, y, told = (torch.from_numpy(array).to(device) for array in (tokens, labels, mask))
         features, state = model.features(x, state, mask=told)
-        costs = iter(np.split(_bits(model, features[told], y[told]), mask.sum(1).cumsum()[:-1]))
-        for row, cost in enumerate(costs, first):
+        bits_told, _ = predictions(model, features[told], y[told])
+        for row, cost in enumerate(np.split(bits_told, mask.sum(1).cumsum()[:-1]), first):
             bits[row][start + 1 : start + 1 + len(cost)] = cost
     return bits
 
 
-def _bits(model: BMojoLM, features: Tensor, labels: Tensor) -> NDArray[np.float64]:
-    """-log2 p of each label [n] given the features [n, hidden_size] before it."""
+def predictions(model: BMojoLM, features: Tensor, labels: Tensor) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """-log2 p of each label [n] given the features [n, hidden_size] before it, and the most likely of all tokens."""
     at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    costs = []
+    costs, best = [], []
     for part, label in zip(features.split(at_once), labels.split(at_once), strict=True):
         logits = model.logits(part)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         costs.append(F.cross_entropy(logits, label, reduction="none").double())
-    return torch.cat(costs).cpu().numpy() / math.log(2)
+        best.append(logits.argmax(-1))
+    return torch.cat(costs).cpu().numpy() / math.log(2), torch.cat(best).cpu().numpy()
 
 
 def bootstrap_ratio(bits: NDArray[np.float64], sizes: NDArray[np.float64], seed: int) -> tuple[float, float]:

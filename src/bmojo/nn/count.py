@@ -43,6 +43,8 @@ def mixer_parameters(config: ModelConfig, kind: str) -> int:
             count += source
         if has.eidetic and config.innovation == "head":
             count += hidden * hidden
+        if has.eidetic and config.admission == "learned":
+            count += hidden * (1 + bool(config.conv_size)) + 1
     return count
 
 
@@ -85,6 +87,8 @@ def layer_flops(config: ModelConfig, kind: str, context: int) -> int:
                 multiply_adds += hidden * dim + 3 * dim * dim + chunk * dim
             if has.eidetic and config.innovation == "head":
                 multiply_adds += hidden * hidden
+            if has.eidetic and config.admission == "learned":
+                multiply_adds += hidden * (1 + bool(config.conv_size))
         multiply_adds += (2 if config.tie_sources or not has.fading else 3) * wide * seen
     return 2 * multiply_adds
 

@@ -33,10 +33,11 @@ from bmojo.memory.eidetic import compact_positions, keep_best, select
 from bmojo.memory.layout import Layout, blocks, make_layout
 from bmojo.memory.spec import fading_entries, layer_spec
 from bmojo.memory.step import Step, grow
+from bmojo.nn.admission import Admission, usage_loss
 from bmojo.nn.init import KeyConv, Linear, Output, RMSNorm
 from bmojo.nn.innovation import Innovation
 from bmojo.nn.ssm import Prediction, State, make_ssm
-from bmojo.ops.attention import attend
+from bmojo.ops.attention import attend, largest_weights
 from bmojo.ops.innovation import rls_start
 from bmojo.ops.rope import rope_table, rotate
 
@@ -50,7 +51,7 @@ class Trace:
 
     innovation: list[Tensor] = field(default_factory=list)  # [B, T]
     kept: list[Tensor] = field(default_factory=list)  # [B, E] positions in the slots at the end, -1: empty
-    losses: list[Tensor] = field(default_factory=list)  # auxiliary losses
+    losses: list[Tensor] = field(default_factory=list)  # auxiliary losses, times their weights
     hidden: list[Tensor] | None = None  # if a list: [B, T, D], the embeddings and what each block gives; one more
 
     def extend(self, other: Trace) -> None:
@@ -67,6 +68,8 @@ class Mixer(nn.Module):
         has = config.parts(self.kind)
         self.has_fading = has.fading
         self.innovation = Innovation(config, index) if has.eidetic else None
+        learned = has.eidetic and config.admission == "learned"
+        self.admission = Admission(config.hidden_size, shifted=config.conv_size > 0) if learned else None
         self.ssm = make_ssm(config) if has.ssm else None
         if not has.attention:
             return
@@ -145,7 +148,7 @@ class Mixer(nn.Module):
         if self.window is None:
             o, part = self._read_everything(q, k, v, state, layout)
         else:
-            o, part = self._read_memories(q, k, v, shifted, y, prediction, state, layout, trace)
+            o, part = self._read_memories(q, k, v, x, shifted, y, prediction, state, layout, trace)
         return self.o_proj(o.flatten(-2)), new | part
 
     def step(self, x: Tensor, state: State, at: Step, trace: Trace | None = None) -> tuple[Tensor, State]:
@@ -164,7 +167,7 @@ class Mixer(nn.Module):
             new["conv"] = extended[:, 1:]
         q, table = self._queries(x, at), self._rope(at, x.dtype)
         k, v = self._keys(shifted, x, table)
-        o, part = self._step_attention(q, k, v, shifted, y, prediction, state, at, trace)
+        o, part = self._step_attention(q, k, v, x, shifted, y, prediction, state, at, trace)
         return self.o_proj(o.flatten(-2)), new | part
 
     @property
@@ -245,7 +248,7 @@ class Mixer(nn.Module):
         return nn.functional.pad(cache, (0, 0, 0, 0, 0, 1)).scatter(1, target, new)[:, :spare]
 
     def _read_memories(
-        self, q: Tensor, k: Tensor, v: Tensor, shifted: Tensor, y: Tensor | None, prediction: Prediction,
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, shifted: Tensor, y: Tensor | None, prediction: Prediction,
         state: State | None, layout: Layout, trace: Trace | None,
     ) -> tuple[Tensor, State]:  # fmt: skip
         """Every chunk of queries against [eidetic slots | fading | window], as one batch of dense blocks."""
@@ -270,7 +273,10 @@ class Mixer(nn.Module):
         if self.innovation is not None:
             score, part, loss = self.innovation(shifted, y, prediction, state, layout)
             new |= part
-            slot_k, slot_v, slot_mask, part = self._recall(k[:, W:], v[:, W:], score, state, layout)
+            if self.admission is not None:
+                odds = self.admission(x, shifted)
+                score = score * odds.detach().exp()
+            slot_k, slot_v, slot_mask, index, part = self._recall(k[:, W:], v[:, W:], score, state, layout)
             new |= part
             keys.append(slot_k)
             values.append(slot_v)
@@ -279,23 +285,28 @@ class Mixer(nn.Module):
                 trace.innovation.append(layout.restore(score))
                 trace.kept.append(part["slot_position"])
                 if loss is not None:
-                    trace.losses.append(loss)
+                    trace.losses.append(config.head_loss_weight * loss)
         batch = q.shape[0]
         mask = torch.cat([m.expand(batch, -1, -1, -1) for m in masks], -1)
         own = torch.eye(layout.chunk, dtype=torch.bool, device=q.device)
         mask[..., W : W + layout.chunk] |= own & ~layout.valid.unflatten(1, (N, -1))[..., None]  # padding sees itself
-        o = attend(
-            q.unflatten(1, (N, -1)).flatten(0, 1).transpose(1, 2),
-            torch.cat([z.transpose(2, 3) for z in self._as_compared(keys)], 3).flatten(0, 1),
-            torch.cat([z.transpose(2, 3) for z in values], 3).flatten(0, 1),
-            mask.flatten(0, 1)[:, None],
-        )
+        q = q.unflatten(1, (N, -1)).flatten(0, 1).transpose(1, 2)
+        k = torch.cat([z.transpose(2, 3) for z in self._as_compared(keys)], 3).flatten(0, 1)
+        mask = mask.flatten(0, 1)[:, None]
+        if self.admission is not None and trace is not None and odds.requires_grad:
+            held = 0 if state is None else config.eidetic_slots  # tokens of other calls have no gradient here
+            used = largest_weights(q, k, mask, config.eidetic_slots).unflatten(0, (batch, N))
+            visible = (slot_mask & layout.valid.unflatten(1, (N, -1))[..., None]).any(2) & (index >= held)
+            loss = usage_loss(odds, (index - held).clamp(min=0), used, visible)
+            trace.losses.append(config.admission_loss_weight * loss)
+        o = attend(q, k, torch.cat([z.transpose(2, 3) for z in values], 3).flatten(0, 1), mask)
         return o.transpose(1, 2).unflatten(0, (batch, N)).flatten(1, 2), new
 
     def _recall(
         self, k: Tensor, v: Tensor, score: Tensor, state: State | None, layout: Layout
-    ) -> tuple[Tensor, Tensor, Tensor, State]:
-        """Keys and values [B, N, E, K, P] of every chunk's eidetic set, their mask [B, N, chunk, E], and the new slots.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, State]:
+        """Keys and values [B, N, E, K, P] of every chunk's eidetic set, their mask [B, N, chunk, E], where `select`
+        found them [B, N, E], and the new slots.
 
         `k` [B, L, K, P] is turned by true positions; the slots hold it so, or, for compact positions, turned back.
         """
@@ -345,11 +356,11 @@ class Mixer(nn.Module):
             "slot_position": where,
             "pending": pending * (progress < count),
         }
-        return slot_k, slot_v, mask, new
+        return slot_k, slot_v, mask, index, new
 
     # one token
     def _step_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, shifted: Tensor, y: Tensor | None, prediction: Prediction,
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, shifted: Tensor, y: Tensor | None, prediction: Prediction,
         state: State, at: Step, trace: Trace | None,
     ) -> tuple[Tensor, State]:  # fmt: skip
         config = self.config
@@ -378,6 +389,8 @@ class Mixer(nn.Module):
             masks.append((position >= 0) & (position <= at.position[:, None] - W))
             score, part = self.innovation.step(shifted, y, prediction, state, at)
             new |= part
+            if self.admission is not None:
+                score = score * self.admission(x, shifted).detach().exp()
             new |= self._admit(score, new, state, at)
             if trace is not None:
                 trace.innovation.append(score[:, None])

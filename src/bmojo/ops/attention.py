@@ -30,4 +30,15 @@ def attend_chunked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
+@torch.no_grad()
+def largest_weights(q: Tensor, k: Tensor, mask: Tensor, count: int) -> Tensor:
+    """The largest softmax weight that any head and query gives to each of the last `count` keys: [batch, count]."""
+    group, largest = q.shape[1] // k.shape[1], q.new_zeros(q.shape[0], count)
+    for head in range(q.shape[1]):  # one at a time: a head's scores are as many as its queries times its keys
+        scores = (q[:, head] @ k[:, head // group].mT * q.shape[-1] ** -0.5).masked_fill(~mask[:, 0], -torch.inf)
+        weights = (scores - scores.logsumexp(-1, keepdim=True))[..., -count:].exp()
+        largest = torch.maximum(largest, weights.amax(1))
+    return largest
+
+
 attend = dispatched(chunked=attend_chunked, naive=attend_naive)
