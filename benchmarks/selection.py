@@ -1,0 +1,120 @@
+"""Ways of choosing what the eidetic slots keep that are no settings of the model, at equal slots, on MQAR.
+
+    python benchmarks/selection.py --out benchmarks/results/selection.json [--fillers text,noise] [--seeds 0,1,2]
+
+Each trains `bmojo` on MQAR with its pairs spread among filler, as `bmojo sweep mqar --set spread=true` does, with the
+innovation's score replaced:
+
+oracle    1 for the tokens of the pairs, 0 for the others: what no test can know, the upper bound
+values    1 for the values alone: with the key convolution they carry their keys
+spans     max(s_t, s_{t-1}): a token is kept along with the innovative one before it
+diverse   s_t * (1 - max_j cos^2(c_t, c_j)) over all tokens j before t: nothing like it was there; quadratic, a bound on
+          what comparing with the slots can bring
+
+s is the `rls` innovation. Results are written after each model, and models that are there are not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bmojo import BMojoLM, presets
+from bmojo.data.synthetic import MQAR, make_task, task_record
+from bmojo.eval.tasks import score_task
+from bmojo.files import write_whole
+from bmojo.sweep.trials import facts_kept
+from bmojo.train import TrainSettings, train
+from bmojo.train.machine import machine
+from bmojo.train.tasks import task_rows
+
+MODEL = {"hidden_size": 64, "num_heads": 2, "intermediate_size": 256, "window": 16, "chunk_size": 16,
+         "eidetic_slots": 32, "admission": "innovation"}  # fmt: skip
+TASK = {"length": 192, "pairs": 16, "keys": 256, "values": 256, "gap": 32, "spread": True}
+TRAINING = {"steps": 250, "batch_size": 32, "seq_len": 192, "learning_rate": 3e-3}
+CHOICES = ("oracle", "values", "spans", "diverse", "rls")
+
+
+class Chooser(nn.Module):
+    """In the place of an innovation test: the same score, changed. For whole sequences alone."""
+
+    def __init__(self, innovation: nn.Module, choice: str, marks: list[Tensor]) -> None:
+        super().__init__()
+        self.innovation, self.choice, self.marks = innovation, choice, marks
+        self.kind = innovation.kind
+
+    def forward(self, x: Tensor, y: Any, prediction: Any, state: Any, layout: Any) -> tuple[Tensor, Any, Any]:
+        assert state is None
+        score, new, loss = self.innovation(x, y, prediction, state, layout)
+        match self.choice:
+            case "oracle" | "values":
+                score = F.pad(self.marks[0], (0, score.shape[1] - self.marks[0].shape[1])).to(score.dtype)
+            case "spans":
+                score = torch.maximum(score, F.pad(score[:, :-1], (1, 0)))
+            case "diverse":
+                c = F.normalize(x.detach().float(), dim=-1)
+                alike = (c @ c.mT).square().tril(-1).amax(-1)
+                score = score * (1 - alike)
+        return score, new, loss
+
+
+def measure(choice: str, filler: str, seed: int) -> dict[str, Any]:
+    task = make_task("mqar", **TASK, filler=filler, seed=seed)
+    assert isinstance(task, MQAR)
+    settings = TrainSettings(**TRAINING, seed=seed)
+    torch.manual_seed(seed)
+    model = BMojoLM(presets.matched("bmojo", "tiny", **MODEL, vocab_size=task.vocab_size))
+    marks: list[Tensor] = []
+
+    def mark(_: nn.Module, arguments: tuple, __: Any = None) -> None:
+        facts = torch.from_numpy(task.facts(arguments[0].cpu().numpy()))
+        marks[:] = [facts & (arguments[0] >= task.keys) if choice == "values" else facts]
+
+    for block in model.blocks:
+        block.mixer.innovation = Chooser(block.mixer.innovation, choice, marks)
+    read = model.features
+    model.features = lambda tokens, *a, **k: (mark(model, (tokens,)), read(tokens, *a, **k))[1]  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        # what is trained can't be loaded without its chooser, so the folder is of no use beyond this
+        record = train(model, task_rows([task], settings.batch_size), settings, Path(folder), tensorboard=False)
+    model.eval()
+    score = score_task(model, task, rows=256)
+    return {
+        "choice": choice,
+        "task": task_record(task),
+        "seed": seed,
+        "facts_kept": facts_kept(model, task),
+        "tokens_per_second": record.tokens_per_second,
+        **score,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, or to go on with")
+    parser.add_argument("--choices", default=",".join(CHOICES))
+    parser.add_argument("--fillers", default="text,noise")
+    parser.add_argument("--seeds", default="0")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    report = json.loads(options.out.read_text()) if options.out.exists() else {"models": []}
+    report |= {"machine": machine(), "model": MODEL, "training": TRAINING}
+    done = {(model["choice"], model["task"]["filler"], model["seed"]) for model in report["models"]}
+    for seed in map(int, options.seeds.split(",")):
+        for filler in options.fillers.split(","):
+            for choice in options.choices.split(","):
+                if (choice, filler, seed) not in done:
+                    report["models"].append(found := measure(choice, filler, seed))
+                    write_whole(options.out, (json.dumps(report, indent=1) + "\n").encode())
+                    print(choice, filler, seed, found["accuracy"], found["facts_kept"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
