@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from bmojo import BMojoLM, presets
-from bmojo.compare.job import cpu_name, mqar_rows, score_recall, score_text
+from bmojo.compare.job import mqar_rows, score_recall, score_text
 from bmojo.compare.profiles import PROFILES, RecallPlan, TextPlan
 from bmojo.data import ByteTokenizer, PackedRows, prepare
 from bmojo.files import write_whole
 from bmojo.nn import init
 from bmojo.train import train
+from bmojo.train.machine import cpu_name
 
 RECALL: dict[str, dict[str, Any]] = {
     "default": {},

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from bmojo import BMojoLM, presets
-from bmojo.compare.job import cpu_name
 from bmojo.eval import decode_cost
 from bmojo.files import write_whole
 from bmojo.train import next_token_loss
+from bmojo.train.machine import cpu_name
 
 LENGTHS = [1024, 2048, 4096]
 CONTEXTS = [1024, 32768]

@@ -30,11 +30,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from bmojo import BMojoLM
-from bmojo.compare.job import cpu_name
 from bmojo.convert import convert
 from bmojo.data.tokenizers import FileTokenizer
 from bmojo.files import write_whole
 from bmojo.generate import generate
+from bmojo.train.machine import cpu_name
 
 PROMPTS = ("The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at")
 SEGMENT = 256  # tokens a call

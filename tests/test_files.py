@@ -3,7 +3,7 @@ import errno
 import pytest
 
 from bmojo.errors import BMojoError, MissingPackageError
-from bmojo.files import optional_module, write_whole
+from bmojo.files import full_disk_told, optional_module, write_whole
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -25,3 +25,10 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it():
         MissingPackageError, match=r"dancing needs the package no_such_package: pip install 'bmojo\[train\]'"
     ):
         optional_module("no_such_package.part", "dancing")
+
+
+def test_only_a_full_disk_is_told_as_one(tmp_path):
+    with pytest.raises(BMojoError, match="no space left on the disk of"), full_disk_told(tmp_path):
+        raise OSError(errno.EDQUOT, "quota")
+    with pytest.raises(OSError, match="denied"), full_disk_told(tmp_path):
+        raise OSError(errno.EACCES, "denied")

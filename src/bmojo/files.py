@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,19 @@ def write_whole(path: Path, content: bytes) -> None:
                 f"can't write {path}: {error.strerror}; nothing was overwritten, and what was finished stays valid"
             ) from error
         raise
+
+
+@contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """Turns the system's word that the disk of `folder` is full into BMojoError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise BMojoError(
+            f"no space left on the disk of {folder}; what was finished stays valid: free some space and run it again"
+        ) from error
 
 
 def optional_module(module: str, purpose: str) -> Any:

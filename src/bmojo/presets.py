@@ -15,7 +15,7 @@ from typing import Any
 
 from bmojo.config import ModelConfig
 from bmojo.errors import ConfigError, nearest
-from bmojo.nn.count import parameters
+from bmojo.nn.count import costs, parameters
 
 # hidden size, layers, heads and MLP width are those of the Transformer of that size; the papers' window is 2048 (the
 # authors' B'MOJO-F) and their vocabulary GPT-NeoX's.
@@ -139,9 +139,48 @@ def matched(name: str, size: str = "tiny", **changes: Any) -> ModelConfig:
     _size(size)
     depth = changes.setdefault("num_layers", SIZES[size]["num_layers"])
     width = changes.pop("intermediate_size", SIZES[size]["intermediate_size"])
-    window = changes.pop("window", None)
-    own = {key: value for key, value in changes.items() if key != "eidetic_slots"}
-    target = parameters(transformer(size, **own, intermediate_size=width))
-    if window is not None and name not in ("transformer", "mamba2", "gdn"):
-        changes["window"] = window
+    window = {"window": changes.pop("window")} if "window" in changes else {}
+    shape = {key: value for key, value in changes.items() if key in _SHAPE}
+    target = parameters(transformer(size, **shape, intermediate_size=width))
+    if name not in ("transformer", "mamba2", "gdn") or "pattern" in changes:
+        changes |= window
     return _fit(get(name, size, **{**changes, "num_layers": depth, "intermediate_size": width}), target)
+
+
+# the setting that sizes a preset's memory, and the multiples of what it comes in
+STATE_KNOBS = {"swa": "window", "mamba2": "ssm_state_size", "gdn": "ssm_state_size", "hybrid": "ssm_state_size",
+               "bmojo_f": "ssm_state_size", "bmojo": "eidetic_slots"}  # fmt: skip
+
+
+def state_bytes(config: ModelConfig, context: int = 0) -> int:
+    """Bytes of the state of one row after `context` tokens, in float32; they are the same at any if it is bounded."""
+    return costs(config, [context])[1].state_bytes[0]
+
+
+def bounded(config: ModelConfig) -> bool:
+    """Whether the state stays the same size however long the stream."""
+    return all(kind == "ssm" or config.window_of(kind) is not None for kind in config.kinds)
+
+
+def at_state(name: str, size: str, nbytes: int, **changes: Any) -> ModelConfig:
+    """`matched`, with the preset's STATE_KNOBS as large as keeps the state of a stream of any length within `nbytes`
+    (a row, in float32). State bytes are affine in every knob. A model without a bounded state is left as it is.
+
+    Raises ConfigError if the least value of the knob takes more.
+    """
+    as_is = matched(name, size, **changes)
+    if name not in STATE_KNOBS or not bounded(as_is):
+        return as_is
+    knob = STATE_KNOBS[name]
+    step = as_is.chunk_size if knob == "window" else 1
+
+    def sized(multiple: int) -> ModelConfig:
+        return matched(name, size, **{**changes, knob: multiple * step})
+
+    least, slope = state_bytes(sized(1)), state_bytes(sized(2)) - state_bytes(sized(1))
+    if least > nbytes:
+        raise ConfigError(
+            f"the state of {name} takes at least {least:,} bytes (with {knob}={step}), got a limit of {nbytes:,}; "
+            "use a larger one, or a smaller model"
+        )
+    return sized(1 + (nbytes - least) // slope)

@@ -13,7 +13,7 @@ import pytest
 
 from bmojo import BMojoLM, files
 from bmojo.compare import job as job_module
-from bmojo.compare.job import Job, full_disk_told, memory_sample, run
+from bmojo.compare.job import Job, memory_sample, run
 from bmojo.compare.profiles import PROFILES, Profile, RecallPlan, TextPlan
 from bmojo.compare.results import read_results
 from bmojo.data import TextData, load_tokenizer
@@ -366,13 +366,6 @@ def test_a_disk_that_fills_up_while_reporting_costs_nothing(whole, copy, run_nan
     assert outcome(copy) == outcome(whole[0])
     assert not any(run_nano(copy).steps.values())
     assert (copy / "report.html").exists()
-
-
-def test_only_a_full_disk_is_told_as_one(tmp_path):
-    with pytest.raises(BMojoError, match="no space left on the disk of"), full_disk_told(tmp_path):
-        raise OSError(errno.EDQUOT, "quota")
-    with pytest.raises(OSError, match="denied"), full_disk_told(tmp_path):
-        raise OSError(errno.EACCES, "denied")
 
 
 def test_a_sample_shows_what_the_eidetic_memory_kept(whole):

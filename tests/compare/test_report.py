@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from bmojo.compare.report import STYLES, losses, summary_table, write_report
+from bmojo.compare.report import losses, summary_table, write_report
+from bmojo.figures import STYLES
 
 VOID = {"meta", "img", "wbr"}
 

@@ -40,11 +40,12 @@ def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
             raise ConfigError(f"--set takes key=value, got {pair!r}; for example --set window=128")
         if name not in types:
             raise ConfigError(f"unknown setting {name!r}; {nearest(name, types)}")
-        settings[name] = _parse(name, value, types[name])
+        settings[name] = parse_value(name, value, types[name])
     return settings
 
 
-def _parse(name: str, value: str, kind: str) -> Any:
+def parse_value(name: str, value: str, kind: str) -> Any:
+    """What `value` says, as a field of the declared type `kind`; ConfigError if it doesn't."""
     kind, _, optional = kind.partition(" | ")
     if optional and value.lower() == "none":
         return None
@@ -55,6 +56,8 @@ def _parse(name: str, value: str, kind: str) -> Any:
             return value.lower() == "true"
         case "tuple[str, ...]":
             return tuple(part.strip() for part in value.split(","))
+        case "tuple[float, float]":
+            return tuple(parse_value(name, part, "float") for part in value.split(","))
     try:
         return {"int": int, "float": float}[kind](value)
     except (KeyError, ValueError):

@@ -12,12 +12,8 @@ Every part is finished once and then only read, so a run that was stopped goes o
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import platform
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,13 +38,15 @@ from bmojo.data import (
     require_length,
     single_document_windows,
 )
-from bmojo.errors import BMojoError, CheckpointError, ConfigError, nearest
+from bmojo.errors import CheckpointError, ConfigError, nearest
 from bmojo.eval import by_position, decode_cost, recall, score_documents
-from bmojo.files import optional_module, write_whole
+from bmojo.files import full_disk_told, optional_module, write_whole
 from bmojo.nn.count import parameters
 from bmojo.nn.mixer import Trace
 from bmojo.nn.model import BMojoLM
 from bmojo.train import TrainRecord, train
+from bmojo.train.machine import machine
+from bmojo.train.tasks import task_rows
 
 SUITES = ("text", "recall")
 TOLERANCE = 0.02  # largest relative difference in parameters between the models of a suite
@@ -181,7 +179,7 @@ def _identity(job: Job, plans: dict, configs: dict, tokenizer: Tokenizer) -> dic
         "suites": list(job.suites),
         "tokenizer": tokenizer.sha256,
         "threads": torch.get_num_threads(),
-        "device": _device(),
+        "device": machine()["device"],
         "settings": {suite: plan.train.to_dict() for suite, plan in plans.items()},
         "configurations": {suite: {n: c.to_dict() for n, c in of.items()} for suite, of in configs.items()},
     }
@@ -231,26 +229,9 @@ def _results(job: Job, plans: dict[str, Any], data: TextData | None) -> dict[str
         "bmojo": bmojo.__version__,
         "settings": settings,
         "corpus": None if data is None else data.corpus_record(),
-        "machine": {
-            "cpu": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "device": _device(),
-        },
+        "machine": machine(),
         "models": [],
     }
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def cpu_name() -> str:
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _entry(
@@ -334,18 +315,8 @@ def score_recall(model: BMojoLM, plan: RecallPlan) -> list[dict[str, Any]]:
 
 
 def mqar_rows(plan: RecallPlan) -> Callable[[int], dict[str, np.ndarray]]:
-    """Training row i of the recall suite. A batch is drawn as a whole, so the newest one is kept."""
-    tasks = [plan.task(plan.few), *3 * [plan.task(plan.pairs)]]
-    newest: dict[int, dict[str, np.ndarray]] = {}
-
-    def row(i: int) -> dict[str, np.ndarray]:
-        number, place = divmod(i, plan.train.batch_size)
-        if number not in newest:
-            newest.clear()
-            newest[number] = tasks[number % len(tasks)].batch(number, plan.train.batch_size)
-        return {name: values[place] for name, values in newest[number].items()}
-
-    return row
+    """Training row i of the recall suite."""
+    return task_rows([plan.task(plan.few), *3 * [plan.task(plan.pairs)]], plan.train.batch_size)
 
 
 @torch.inference_mode()
@@ -363,15 +334,3 @@ def memory_sample(model: BMojoLM, data: TextData, tokenizer: Tokenizer) -> dict[
         for i, (score, kept) in enumerate(zip(trace.innovation, trace.kept, strict=True))
     ]
     return {"text": text, "layers": layers}
-
-
-@contextmanager
-def full_disk_told(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise BMojoError(
-            f"no space left on the disk of {folder}; what was finished stays valid: free some space and run it again"
-        ) from error

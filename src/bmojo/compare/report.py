@@ -1,105 +1,25 @@
-"""The report of `bmojo compare`: report.html (one file, opens from disk), report.md and figures/*.png.
-
-Every table is made of Columns of Cells. A cell has a band [low, high] of values that count as equal to it, so one rule
-says what is worse by more than noise, whatever the metric: the bands of the two cells don't overlap.
-"""
+"""The report of `bmojo compare`: report.html (one file, opens from disk), report.md and figures/*.png."""
 
 from __future__ import annotations
 
-import base64
 import bisect
-import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bmojo.compare.results import validate
+from bmojo.figures import Picture, draw, line_at, make_picture, new_figure, order, token_axis
 from bmojo.files import optional_module, write_whole
+from bmojo.tables import Cell, Column, Table, markdown, size_text, three_digits, unit_of
 
-# Colours of Okabe and Ito, told apart with any colour vision. The order is that of every table and figure.
-STYLES = {
-    "transformer": ("#000000", "o"),
-    "swa": ("#56B4E9", "s"),
-    "mamba2": ("#009E73", "^"),
-    "gdn": ("#E69F00", "v"),
-    "hybrid": ("#CC79A7", "P"),
-    "bmojo_f": ("#0072B2", "X"),
-    "bmojo": ("#D55E00", "D"),
-}
-OTHER_STYLE = ("#777777", "*")
 SPEED_NOISE = 1.1
 RECALL_NOISE = 0.05
 SHADES = 10
-UNITS = ("B", "KiB", "MiB", "GiB")
 
 Model = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A measured value as shown, and the band [low, high] that counts as equal to it."""
-
-    value: float
-    text: str
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Column:
-    """One metric of several models. `best` is min or max, or None where no value is better than another."""
-
-    name: str
-    head: tuple[str, ...]
-    cells: dict[str, Cell]
-    best: Callable[..., str] | None
-
-    def extreme(self, worst: bool = False) -> str | None:
-        """The preset with the best (or worst) value, None if there is none or all look the same."""
-        if self.best is None or len({cell.text for cell in self.cells.values()}) < 2:
-            return None
-        pick = self.best if not worst else (max if self.best is min else min)
-        return pick(self.cells, key=lambda preset: self.cells[preset].value)
-
-    def loses(self, preset: str) -> bool:
-        """Whether a preset is worse than the best by more than noise."""
-        winner = self.extreme()
-        if winner is None or preset not in self.cells:
-            return False
-        cell, best = self.cells[preset], self.cells[winner]
-        return cell.low > best.high or cell.high < best.low
-
-    def mark(self, preset: str) -> str:
-        """'best', 'worst' (only if it loses) or ''. Values that look the same are marked the same."""
-        best, worst = self.extreme(), self.extreme(worst=True)
-        if best is None or worst is None or preset not in self.cells:
-            return ""
-        text = self.cells[preset].text
-        if text == self.cells[best].text:
-            return "best"
-        return "worst" if text == self.cells[worst].text and self.loses(worst) else ""
-
-
-@dataclass(frozen=True)
-class Table:
-    presets: list[str]
-    columns: list[Column]
-
-    @property
-    def heads(self) -> list[list[str]]:
-        """The lines of each column's head, the first with an arrow to the better side."""
-        arrows: dict[Any, str] = {min: " ↓", max: " ↑", None: ""}
-        return [[column.head[0] + arrows[column.best], *column.head[1:]] for column in self.columns]
-
-    @property
-    def rows(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """Each preset with its (text, mark) per column."""
-        for preset in self.presets:
-            cells = [(c.cells[preset].text if preset in c.cells else "–", c.mark(preset)) for c in self.columns]
-            yield preset, cells
 
 
 @dataclass(frozen=True)
@@ -115,17 +35,6 @@ class Loss:
     @property
     def times(self) -> str:
         return f"{self.factor:.2f}" if math.isfinite(self.factor) else "∞"
-
-
-@dataclass(frozen=True)
-class Picture:
-    name: str
-    caption: str
-    png: bytes
-
-    @property
-    def uri(self) -> str:
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:
@@ -209,24 +118,12 @@ def losses(results: dict[str, Any]) -> dict[str, list[Loss]]:
                 small, large = sorted((cell.value, best.value))
                 factor = large / small if small else math.inf
                 found[preset].append(Loss(column.name, cell.text, best.text, winner, factor))
-    return {preset: sorted(found[preset], key=lambda loss: -loss.factor) for preset in sorted(found, key=_order)}
-
-
-def markdown(table: Table) -> str:
-    """A table in GitHub's markdown: the best of a column in bold, the worst followed by ▼."""
-    show = {"best": "**{}**", "worst": "{} ▼", "": "{}"}
-    lines = [["model", *("<br>".join(head) for head in table.heads)], ["---", *["---:"] * len(table.columns)]]
-    lines += [[f"`{preset}`", *(show[mark].format(text) for text, mark in cells)] for preset, cells in table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _order(preset: str) -> int:
-    return [*STYLES, preset].index(preset)
+    return {preset: sorted(found[preset], key=lambda loss: -loss.factor) for preset in sorted(found, key=order)}
 
 
 def _models(results: dict[str, Any], suite: str) -> list[Model]:
     """The models of a suite, in the order of STYLES, unknown presets last."""
-    return sorted((m for m in results["models"] if m["suite"] == suite), key=lambda m: _order(m["preset"]))
+    return sorted((m for m in results["models"] if m["suite"] == suite), key=lambda m: order(m["preset"]))
 
 
 def _costed_models(results: dict[str, Any]) -> list[Model]:
@@ -292,8 +189,8 @@ def _size_column(
     models: list[Model], name: str, value: Callable[[Model], float | None], head: tuple[str, ...]
 ) -> Column:
     """A column of bytes, all in the unit of the smallest."""
-    unit = _unit(min((v for model in models if (v := value(model)) is not None), default=0))
-    return _column(models, name, value, lambda size: _size(size, unit), head=head, best=min)
+    unit = unit_of(min((v for model in models if (v := value(model)) is not None), default=0))
+    return _column(models, name, value, lambda size: size_text(size, unit), head=head, best=min)
 
 
 def _contexts(models: Iterable[Model]) -> list[int]:
@@ -306,7 +203,7 @@ def _decoded(field: str, context: int) -> Callable[[Model], float | None]:
 
 def _decode_column(models: list[Model], context: int) -> Column:
     name, head = f"decode ms/token at context {context:,}", ("decode", "ms/token", f"context {context:,}")
-    return _column(models, name, _decoded("ms_per_token", context), _three_digits, head=head, best=min)
+    return _column(models, name, _decoded("ms_per_token", context), three_digits, head=head, best=min)
 
 
 def _state_column(models: list[Model], context: int) -> Column:
@@ -330,21 +227,6 @@ def _recall_column(models: list[Model], group: dict[str, Any]) -> Column:
     )
     name = f"recall at {', '.join(head[:3])}"
     return _column(models, name, accuracy, "{:.3f}".format, head=head, best=max, slack=(1.0, RECALL_NOISE))
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
-
-
-def _unit(size: float) -> int:
-    """The power of 1024 to write a size of that many bytes in."""
-    return min(max(int(math.log2(max(size, 1)) // 10), 0), len(UNITS) - 1)
-
-
-def _size(size: float, unit: int | None = None) -> str:
-    """A number of bytes in the given or the nearest unit."""
-    unit = _unit(size) if unit is None else unit
-    return f"{_three_digits(size / 1024**unit) if unit else f'{size:,.0f}'} {UNITS[unit]}"
 
 
 def _percent(fraction: float) -> str:
@@ -377,7 +259,7 @@ def _lead(results: dict[str, Any]) -> str:
     suites = {suite: models for suite in ("text", "recall") if (models := _models(results, suite))}
     if not suites:
         return "No model has finished."
-    presets = sorted({model["preset"] for models in suites.values() for model in models}, key=_order)
+    presets = sorted({model["preset"] for models in suites.values() for model in models}, key=order)
     sizes = [[model["parameters"] for model in models] for models in suites.values()]
     spread = max(max(size) / min(size) - 1 if min(size) else 0.0 for size in sizes)
     tolerance = results.get("settings", {}).get("parameter_tolerance")
@@ -401,8 +283,8 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(
             (
                 "Corpus",
-                f"{corpus['name']}: {_size(corpus['bytes_train'])} in {corpus['documents_train']:,} documents to train "
-                f"on, {_size(corpus['bytes_eval'])} in {corpus['documents_eval']:,} held out; "
+                f"{corpus['name']}: {size_text(corpus['bytes_train'])} in {corpus['documents_train']:,} documents to "
+                f"train on, {size_text(corpus['bytes_eval'])} in {corpus['documents_eval']:,} held out; "
                 f"SHA-256 {corpus['sha256'][:16]}…",
             )
         )
@@ -487,44 +369,6 @@ def _shades(values: list[float]) -> list[int]:
     return [bisect.bisect_left(ranked, value) * SHADES // len(ranked) for value in values]
 
 
-def _figure(panels: int = 1, share_y: bool = False, columns: int = 2) -> tuple[Any, list[Any]]:
-    """A matplotlib figure and its axes, at most `columns` side by side."""
-    rows, across = math.ceil(panels / columns), min(panels, columns)
-    figure = optional_module("matplotlib.figure", "the report").Figure(
-        figsize=(8.4, 3.6 * rows + 0.6), layout="constrained"
-    )
-    axes = list(figure.subplots(rows, across, sharey=share_y, squeeze=False).flat)
-    for spare in axes[panels:]:
-        spare.remove()
-    for axis in axes[:panels]:
-        axis.grid(color="#dddddd", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[:panels]
-
-
-def _draw(axis: Any, preset: str, points: Iterable[tuple[float, float]], every: int = 1) -> None:
-    colour, marker = STYLES.get(preset, OTHER_STYLE)
-    x, y = zip(*points, strict=True)
-    axis.plot(x, y, color=colour, marker=marker, label=preset, linewidth=1.6, markersize=5, markevery=every)
-
-
-def _token_axis(axis: Any, label: str) -> None:
-    """A log2 axis of token counts, ticks written in full."""
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axis.set_xlabel(label)
-
-
-def _picture(figure: Any, axes: list[Any], name: str, caption: str) -> Picture:
-    """The figure as PNG, with one legend of all its presets below."""
-    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    labels = sorted(handles, key=_order)
-    figure.legend([handles[k] for k in labels], labels, loc="outside lower center", ncols=7, frameon=False, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return Picture(name, caption, buffer.getvalue())
-
-
 def _loss_picture(results: dict[str, Any]) -> Picture | None:
     suites = {
         suite: models
@@ -533,37 +377,31 @@ def _loss_picture(results: dict[str, Any]) -> Picture | None:
     }
     if not suites:
         return None
-    figure, axes = _figure(len(suites))
+    figure, axes = new_figure(len(suites))
     for axis, (suite, models) in zip(axes, suites.items(), strict=True):
         for model in models:
             points = model["train"]["loss"]
-            _draw(axis, model["preset"], points, every=max(1, len(points) // 8))
+            draw(axis, model["preset"], points, every=max(1, len(points) // 8))
         last = max(step for m in models for step, _ in m["train"]["loss"])
         settled = [value for m in models for step, value in m["train"]["loss"] if step >= 0.05 * last]
         low, high = min(settled), max(settled)
         axis.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
         axis.set(title=f"{suite} suite", xlabel="step", ylabel="training loss, nats per token")
-    return _picture(figure, axes, "loss", "Training loss by step.")
+    return make_picture(figure, axes, "loss", "Training loss by step.")
 
 
 def _position_picture(results: dict[str, Any]) -> Picture | None:
     models = [m for m in _models(results, "text") if m["eval"]["by_position"]]
     if not models:
         return None
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for model in models:
-        _draw(axes[0], model["preset"], model["eval"]["by_position"])
-    _token_axis(axes[0], "position in the document, tokens")
+        draw(axes[0], model["preset"], model["eval"]["by_position"])
+    token_axis(axes[0], "position in the document, tokens")
     axes[0].set_ylabel("bits per byte")
     if length := results.get("settings", {}).get("train_length"):
-        _line_at(axes[0], length, "training length")
-    return _picture(figure, axes, "by_position", "Bits per byte by position in the document.")
-
-
-def _line_at(axis: Any, x: float, label: str) -> None:
-    axis.axvline(x, color="#555555", linestyle="--", linewidth=1)
-    place = {"xy": (x, 1), "xycoords": ("data", "axes fraction"), "textcoords": "offset points", "xytext": (4, -4)}
-    axis.annotate(label, **place, rotation=90, va="top", fontsize=8, color="#555555")
+        line_at(axes[0], length, "training length")
+    return make_picture(figure, axes, "by_position", "Bits per byte by position in the document.")
 
 
 def _recall_picture(results: dict[str, Any]) -> Picture | None:
@@ -574,20 +412,20 @@ def _recall_picture(results: dict[str, Any]) -> Picture | None:
     beyond = {entry["length"] for entry in entries if entry["where"] == "beyond the training length"}
     lengths = sorted({entry["length"] for entry in entries})
     window = results.get("settings", {}).get("recall_window")
-    figure, axes = _figure(len(lengths), share_y=True)
+    figure, axes = new_figure(len(lengths), share_y=True)
     for axis, length in zip(axes, lengths, strict=True):
         here = [entry for entry in entries if entry["length"] == length]
         axis.plot(*zip(*_means(here, "chance"), strict=True), color="#555555", linestyle=":", linewidth=1.2)
         axis.annotate("chance", _means(here, "chance")[0], xytext=(0, 3), textcoords="offset points", fontsize=8)
         for model in models:
             if points := _means([e for e in model["eval"]["recall"] if e["length"] == length], "accuracy"):
-                _draw(axis, model["preset"], points)
+                draw(axis, model["preset"], points)
         if window and min(e["distance"] for e in here) <= window <= max(e["distance"] for e in here):
-            _line_at(axis, window, "window")
-        _token_axis(axis, "distance, tokens")
+            line_at(axis, window, "window")
+        token_axis(axis, "distance, tokens")
         title = f"length {length:,}" + (", beyond the training length" if length in beyond else "")
         axis.set(title=title, ylabel="recall accuracy", ylim=(-0.03, 1.03))
-    return _picture(figure, axes, "recall", "Recall by distance between a pair and its question.")
+    return make_picture(figure, axes, "recall", "Recall by distance between a pair and its question.")
 
 
 def _means(entries: list[dict[str, Any]], field: str) -> list[tuple[int, float]]:
@@ -602,14 +440,14 @@ def _cost_picture(results: dict[str, Any]) -> Picture | None:
     models = [m for m in _costed_models(results) if m["decode"]]
     if not models:
         return None
-    figure, axes = _figure(2)
-    scales = (("ms_per_token", "decode, ms per token", "{:g}".format), ("state_bytes", "state", _size))
+    figure, axes = new_figure(2)
+    scales = (("ms_per_token", "decode, ms per token", "{:g}".format), ("state_bytes", "state", size_text))
     for axis, (field, label, show) in zip(axes, scales, strict=True):
         for model in models:
-            _draw(axis, model["preset"], [(entry["context"], entry[field]) for entry in model["decode"]])
-        _token_axis(axis, "context, tokens")
+            draw(axis, model["preset"], [(entry["context"], entry[field]) for entry in model["decode"]])
+        token_axis(axis, "context, tokens")
         axis.set_yscale("log", base=4, subs=[])
         axis.yaxis.set_major_locator(optional_module("matplotlib.ticker", "the report").LogLocator(base=4, subs=(1, 2)))
         axis.yaxis.set_major_formatter(lambda value, _, show=show: show(value))
         axis.set_ylabel(label)
-    return _picture(figure, axes, "cost", "Cost of one generated token, and size of the state, by context.")
+    return make_picture(figure, axes, "cost", "Cost of one generated token, and size of the state, by context.")

@@ -1,0 +1,1 @@
+"""Trains the family over a grid of settings on a synthetic task: `bmojo sweep`."""
