@@ -69,16 +69,15 @@ def test_settings_may_change_together(make_sweep):
     assert trials[0].name == "swa, length=32, pairs=2"
 
 
-def test_batches_cycle_through_variants_and_each_is_scored(make_sweep):
-    train_on = {"pairs": (2, 4), "power": (0.01, 1.0)}
-    sweep = make_sweep(
-        train_on=train_on, eval_on={"length": (96, 48), "pairs": (3,)}, models=("swa",), without=["pairs"]
-    )
+def test_batches_cycle_through_variants_and_each_is_scored(make_sweep, axis):
+    train_on = axis("pairs", 2, 4), axis("power", 0.01, 1.0)
+    asked = (*axis("length", 96, 48), {"length": 64, "pairs": 3})
+    sweep = make_sweep(train_on=train_on, eval_on=asked, models=("swa",), without=["pairs"])
     (trial,), _ = sweep.expand()
     assert [(t["pairs"], t["power"]) for t in trial.tasks] == [(2, 0.01), (2, 1.0), (4, 0.01), (4, 1.0)]
     scored = [(t["length"], t["pairs"], t["power"]) for t in trial.evaluations]
     assert scored[0] == (48, 4, 1.0)  # what the last of the variants asks
-    assert scored[1:] == [(48, 2, 0.01), (48, 2, 1.0), (48, 4, 0.01), (96, 4, 1.0), (48, 3, 1.0)]
+    assert scored[1:] == [(48, 2, 0.01), (48, 2, 1.0), (48, 4, 0.01), (96, 4, 1.0), (64, 3, 1.0)]
 
 
 @pytest.mark.parametrize("changes", [{}, {"conv_size": 4}, {"fading_span": 32}, {"innovation": "ema"},
@@ -153,13 +152,13 @@ BAD = {
     "negative seed": ({"seeds": (-1,)}, (), "seeds must be at least 0, got -1"),
     "no rows": ({"eval_rows": 0}, (), "eval_rows must be at least 1, got 0"),
     "no bytes": ({"state_bytes": (0,)}, (), "state bytes must be at least 1, got 0"),
-    "training length": ({"train_on": {"length": (32, 64)}}, (), "the batches of one training have one length"),
-    "trained on a model's setting": ({"train_on": {"window": (16,)}}, (), "unknown setting 'window'"),
+    "training length": ({"train_on": (({"length": 32}, {"length": 64}),)}, (), "the batches of one training have one length"),
+    "trained on a model's setting": ({"train_on": (({"window": 16},),)}, (), "unknown setting 'window'"),
     "too many pairs": ({}, ("pairs", 4, 9), "swa, pairs=9: pairs must be between 1 and the number of keys"),
     "bad window": ({}, ("window", 16, 20), "swa, window=20: window must be a positive multiple of chunk"),
     "bad rate": ({}, ("learning_rate", -1.0), "swa: learning_rate must be above 0"),
-    "evaluation": ({"eval_on": {"length": (8,)}}, (), "swa: length must be at least"),
-    "vocabulary": ({"eval_on": {"keys": (64,)}}, (), "vocab_size must be at least 73"),
+    "evaluation": ({"eval_on": ({"length": 8},)}, (), "swa: length must be at least"),
+    "vocabulary": ({"eval_on": ({"keys": 64},)}, (), "vocab_size must be at least 73"),
     "vocabulary set": ({}, ("vocab_size", 5), "vocab_size must be at least 17"),
     "read by none": ({"models": ("gdn",)}, ("window", 16, 32), "window makes no difference: no model of the sweep"),
     "too small": ({"models": ("bmojo",), "state_bytes": (10,)}, (), "the grid is empty: left out: the state of bmojo"),

@@ -33,7 +33,7 @@ def work(job):
 
 @pytest.fixture(scope="module")
 def grid(make_sweep, axis):
-    return make_sweep(axis("pairs", 2, 4), eval_on={"length": (96,)})
+    return make_sweep(axis("pairs", 2, 4), eval_on=axis("length", 96))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_what_is_finished_is_not_run_again(whole, grid, make_sweep, axis, monkey
 def test_another_evaluation_is_made_without_training(whole, make_sweep, axis, monkeypatch):
     job, _ = whole
     before = outcome(job.results())
-    asked = Job(make_sweep(axis("pairs", 2, 4), eval_on={"length": (96, 64)}), job.folder)
+    asked = Job(make_sweep(axis("pairs", 2, 4), eval_on=axis("length", 96, 64)), job.folder)
     monkeypatch.setattr(trials_module, "train", lambda *_, **__: pytest.fail("trains"))
     assert len(work(asked)) == 4
     scores = asked.results()["trials"][0]["evaluations"]

@@ -65,8 +65,8 @@ def sweep(
             size=size,
             axes=tuple(_axis(task, text) for text in settings or ()),
             state_bytes=_whole("--state-bytes", state_bytes) if state_bytes is not None else (),
-            train_on=_variants(task, "--train-on", train_on),
-            eval_on=_variants(task, "--eval-on", eval_on),
+            train_on=tuple(_axis(task, text, "--train-on") for text in train_on or ()),
+            eval_on=tuple(change for text in eval_on or () for change in _axis(task, text, "--eval-on")),
             seeds=_whole("--seeds", seeds),
             eval_rows=eval_rows,
         ),
@@ -133,14 +133,6 @@ def _axis(task: str, text: str, option: str = "--set") -> tuple[dict[str, Any], 
 
 def _value(name: str, text: str, kind: str) -> Any:
     return parse_value(name, text.replace("+", ",") if kind.startswith("tuple") else text, kind)
-
-
-def _variants(task: str, option: str, texts: Values) -> dict[str, tuple[Any, ...]]:
-    found: dict[str, tuple[Any, ...]] = {}
-    for change in (change for text in texts or () for change in _axis(task, text, option)):
-        for name, value in change.items():
-            found[name] = (*found.get(name, ()), value)
-    return found
 
 
 def _whole(option: str, text: str) -> tuple[int, ...]:

@@ -116,8 +116,8 @@ class Sweep:
 
     axes          every combination of an alternative of each is a point of the grid; one alternative fixes a setting
     state_bytes   an axis more: `presets.at_state` sizes the memory of each model to at most so many bytes
-    train_on      values of the task's fields; the batches of a training cycle through all their combinations
-    eval_on       values of the task's fields; the trained model is scored on each, the others as in the point
+    train_on      axes of the task's fields; the batches of a training cycle through all their combinations
+    eval_on       changes of the task's fields; the trained model is scored on each, the others as in the point
     eval_rows     sequences of an evaluation
 
     The models have equal parameters (`presets.matched`). A setting that a model does not read makes no point for it.
@@ -128,8 +128,8 @@ class Sweep:
     size: str = "tiny"
     axes: tuple[Axis, ...] = ()
     state_bytes: tuple[int, ...] = ()
-    train_on: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    eval_on: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    train_on: tuple[Axis, ...] = ()
+    eval_on: Axis = ()
     seeds: tuple[int, ...] = (0,)
     eval_rows: int = 256
 
@@ -137,15 +137,16 @@ class Sweep:
         known = settings_of(self.task)
         names = [name for axis in self.axes for name in (axis[0] if axis else ())]
         require_known(names, known)
-        for option in (self.train_on, self.eval_on):
-            require_known(option, [name for name, (owner, _) in known.items() if owner == "task"])
-        axes = [(" and ".join(axis[0]) if axis else "an axis", [str(change) for change in axis]) for axis in self.axes]
-        variants = [*self.train_on.items(), *self.eval_on.items()]
-        for what, values in [("models", self.models), ("seeds", self.seeds), *axes, *variants]:
+        for change in (*itertools.chain(*self.train_on), *self.eval_on):
+            require_known(change, [name for name, (owner, _) in known.items() if owner == "task"])
+        asked = [self.eval_on] if self.eval_on else []
+        axes = [(" and ".join(axis[0]) if axis else "an axis", [str(change) for change in axis])
+                for axis in (*self.axes, *self.train_on, *asked)]  # fmt: skip
+        for what, values in [("models", self.models), ("seeds", self.seeds), *axes]:
             if not values:
                 raise ConfigError(f"the grid is empty: {what} must have at least one value, got none")
         for what, values in [("models", self.models), ("seeds", self.seeds), ("state bytes", self.state_bytes),
-                             ("the settings", names), *axes, *variants]:  # fmt: skip
+                             ("the settings", names), *axes]:  # fmt: skip
             if twice := [value for value in values if list(values).count(value) > 1]:
                 raise ConfigError(f"{what} must differ from each other, got {twice[0]} twice; name it once")
         for model in self.models:
@@ -155,7 +156,7 @@ class Sweep:
                                     ("state bytes", self.state_bytes, 1)]:  # fmt: skip
             if min(values, default=least) < least:
                 raise ConfigError(f"{what} must be at least {least}, got {min(values)}")
-        if "length" in self.train_on:
+        if any("length" in change for change in itertools.chain(*self.train_on)):
             raise ConfigError("the batches of one training have one length; train on several with --set length=...")
 
     @cached_property
@@ -233,14 +234,14 @@ class Sweep:
 
     def _tasks(self, fields: Changes, seed: int) -> tuple[tuple[Changes, ...], tuple[Changes, ...]]:
         """Records of the variants to train on, and of the tasks to score: first the one that is trained for."""
-        fields = {name: values[-1] for name, values in self.train_on.items()} | fields | {"seed": seed}
+        last = {name: value for axis in self.train_on for name, value in axis[-1].items()}
+        fields = last | fields | {"seed": seed}
 
         def record(changes: Changes) -> Changes:
             return task_record(make_task(self.task, **{**fields, **changes}))
 
-        mixture = [dict(zip(self.train_on, v, strict=True)) for v in itertools.product(*self.train_on.values())]
-        others = [{name: value} for name, values in self.eval_on.items() for value in values]
-        scored = [record(changes) for changes in [{}, *mixture, *others]]
+        mixture = [dict(itertools.chain(*map(dict.items, v))) for v in itertools.product(*self.train_on)]
+        scored = [record(changes) for changes in [{}, *mixture, *self.eval_on]]
         return tuple(map(record, mixture)), tuple(r for i, r in enumerate(scored) if r not in scored[:i])
 
 
