@@ -27,26 +27,26 @@ from bmojo.nn import init
 from bmojo.train import train
 from bmojo.train.machine import cpu_name
 
-RECALL: dict[str, dict[str, Any]] = {
+RECALL: dict[str, dict[str, Any]] = {  # what chooses the slots is compared by `bmojo sweep`
     "default": {},
+    "admission by innovation": {"admission": "innovation"},
     "no key convolution": {"conv_size": 0},
     "true positions": {"positions": "true"},
+    "fading summary": {"fading": "summary"},
+    "no fading memory": {"fading_span": 0},
+    "untied sources": {"tie_sources": False},
+    "window 32": {"window": 32},
     "forgetting 0.995": {"innovation_forgetting": 0.995},
     "forgetting 1": {"innovation_forgetting": 1.0},
-    "as first designed": {"positions": "true", "innovation_forgetting": 0.995},
-    "fading summary": {"fading": "summary"},
-    "innovation ema": {"innovation": "ema"},
-    "innovation state": {"innovation": "state"},
-    "innovation head": {"innovation": "head"},
-    "innovation random": {"innovation": "random"},
-    "innovation recent": {"innovation": "recent"},
-    "innovation first": {"innovation": "first"},
+    "half the slots": {"eidetic_slots": 24},
 }
 TEXT: dict[str, dict[str, Any]] = {  # `preset` and `residual_scale` are no settings of the model
     "default": {},
+    "admission by innovation": {"admission": "innovation"},
     "residual branches at full scale": {"residual_scale": 1.0},
     "no key convolution": {"conv_size": 0},
     "fading summary": {"fading": "summary"},
+    "untied sources": {"tie_sources": False},
     "no eidetic slots": {"eidetic_slots": 0},
     "transformer": {"preset": "transformer"},
     "transformer, residual branches at full scale": {"preset": "transformer", "residual_scale": 1.0},

@@ -152,7 +152,7 @@ BAD = {
     "negative seed": ({"seeds": (-1,)}, (), "seeds must be at least 0, got -1"),
     "no rows": ({"eval_rows": 0}, (), "eval_rows must be at least 1, got 0"),
     "no bytes": ({"state_bytes": (0,)}, (), "state bytes must be at least 1, got 0"),
-    "training length": ({"train_on": (({"length": 32}, {"length": 64}),)}, (), "the batches of one training have one length"),
+    "training length": ({"train_on": (({"length": 32}, {"length": 64}),)}, (), "the batches of one training have one"),
     "trained on a model's setting": ({"train_on": (({"window": 16},),)}, (), "unknown setting 'window'"),
     "too many pairs": ({}, ("pairs", 4, 9), "swa, pairs=9: pairs must be between 1 and the number of keys"),
     "bad window": ({}, ("window", 16, 20), "swa, window=20: window must be a positive multiple of chunk"),
