@@ -179,18 +179,18 @@ def _pictures(results: dict[str, Any]) -> Iterator[Picture]:
     ]
     if len({seen.x for seen in by_distance}) > 1:
         yield _picture(results, "distance", by_distance)
-    asked = {name for trial in trials for score in trial["evaluations"] for name, _ in _changes(score, trial)}
-    for name in sorted(asked):
+    asked = {tuple(dict(_changes(score, trial))) for trial in trials for score in trial["evaluations"]} - {()}
+    for names in sorted(asked):  # what changes together is shown by its first setting
         yield _picture(
             results,
-            name,
+            names[0],
             [
-                Observation(trial, score["task"][name], score["accuracy"], _base(trial))
+                Observation(trial, score["task"][names[0]], score["accuracy"], _base(trial))
                 for trial in trials
                 for score in trial["evaluations"]
-                if {changed for changed, _ in _changes(score, trial)} <= {name}
+                if tuple(dict(_changes(score, trial))) in ((), names)
             ],
-            suffix="_asked",
+            suffix="".join(f"_and_{name}" for name in names[1:]) + "_asked",
         )
     for name in results["varied"]:
         if name != "state_bytes":
@@ -209,9 +209,10 @@ Seeds = list[float]  # accuracies
 Panels = dict[Key, dict[tuple[str, Key], dict[Any, Seeds]]]
 
 
-def _panels(results: dict[str, Any], name: str, seen: list[Observation]) -> Panels:
+def _panels(results: dict[str, Any], name: str, seen: list[Observation], asked: bool) -> Panels:
     """A panel for each task, in it a line for each model and its settings, and at each x the seeds of the best of the
     settings that make no line: those of training, and numbers where the figure is of something that they bring about.
+    What x is has no part in that, unless it is `asked` of models that were trained with a value of their own.
     """
     owner = _owner(results)
     effect = name in ("state_bytes", "distance")
@@ -223,8 +224,8 @@ def _panels(results: dict[str, Any], name: str, seen: list[Observation]) -> Pane
             text = isinstance(value, str | tuple | bool)
             return "line" if owner(setting) == "model" and (text or not effect) else "rest"
 
-        kept = [(n, v) for n, v in _frozen(observation.trial["varied"]) if place(n, v) == wanted]
-        return tuple((n, v) for n, v in kept if n != name or v != observation.x)
+        varied = _frozen(observation.trial["varied"])
+        return tuple((n, v) for n, v in varied if place(n, v) == wanted and (asked or n != name))
 
     groups: dict[Any, dict[Key, list[Observation]]] = defaultdict(lambda: defaultdict(list))
     for one in seen:
@@ -238,7 +239,7 @@ def _panels(results: dict[str, Any], name: str, seen: list[Observation]) -> Pane
 
 
 def _picture(results: dict[str, Any], name: str, seen: list[Observation], suffix: str = "") -> Picture:
-    panels = _panels(results, name, seen)
+    panels = _panels(results, name, seen, asked=bool(suffix))
     labels = sorted({line: None for lines in panels.values() for line in lines}, key=lambda line: order(line[0]))
     styles = _styles(labels)
     figure, axes = new_figure(len(panels), share_y=True)
@@ -262,6 +263,7 @@ def _picture(results: dict[str, Any], name: str, seen: list[Observation], suffix
         axis.axhline(_chance(results, panel), color="#555555", linestyle=":", linewidth=1.2)
         axis.set(ylabel="accuracy", ylim=(-0.03, 1.03), title=", ".join(f"{n} {shown(v)}" for n, v in panel))
     what = {"state_bytes": "state bytes", "distance": "the distance of a question from its fact"}.get(name, name)
+    what += suffix.removesuffix("_asked").replace("_", " ")
     caption = f"Accuracy by {what}{', asked of the trained models' * bool(suffix)}"
     return make_picture(figure, axes, f"by_{name}{suffix}", caption)
 
