@@ -125,3 +125,11 @@ def test_unused_settings_are_named():
     assert "ssm_state_size" in ModelConfig(pattern=("attention",)).unused
     assert "window" in ModelConfig(pattern=("ssm",)).unused
     assert ModelConfig(pattern=("bmojo",), fading_span=64, eidetic_slots=8).unused == set()
+
+
+def test_a_folder_older_than_learned_admission_keeps_to_innovation():
+    fields = ModelConfig(eidetic_slots=4, admission="learned").to_checkpoint()
+    assert ModelConfig.from_checkpoint(fields).admission == "learned"
+    del fields["admission"]
+    assert ModelConfig.from_checkpoint(fields).admission == "innovation"
+    assert ModelConfig.from_checkpoint({"eidetic_slots": 4}).admission == ModelConfig().admission

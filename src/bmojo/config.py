@@ -87,7 +87,7 @@ class ModelConfig:
     innovation_dim: int = 32  # rls works on a fixed random projection of the input to this many dimensions
     innovation_forgetting: float = 0.999  # of rls and ema, per token
     head_loss_weight: float = 0.1  # of the auxiliary loss that trains the "head" predictor
-    admission: str = "innovation"  # "learned": the innovation times the odds that the token will be looked at
+    admission: str = "learned"  # to the slots: by the innovation times the odds that the token will be looked at
     admission_loss_weight: float = 0.1  # of the auxiliary loss that trains learned admission
     eidetic_threshold: float = 0.0  # a token with a lower score is not admitted
     eidetic_decay: float = 1.0  # of scores, per token of age
@@ -301,7 +301,10 @@ class ModelConfig:
         version = fields.get("format_version", FORMAT_VERSION)
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise ConfigError(f"format_version is {version!r}, this bmojo reads up to {FORMAT_VERSION}; update bmojo")
-        return cls.from_dict({name: value for name, value in fields.items() if name not in CHECKPOINT_ENTRIES})
+        settings = {name: value for name, value in fields.items() if name not in CHECKPOINT_ENTRIES}
+        if "format_version" in fields:  # a folder that does not name it is older than learned admission
+            settings = {"admission": "innovation", **settings}
+        return cls.from_dict(settings)
 
     @classmethod
     def read(cls, path: Path) -> ModelConfig:

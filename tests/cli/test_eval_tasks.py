@@ -157,8 +157,9 @@ def test_a_damaged_task_is_refused(tmp_path, refused):
             if "mqaar" not in content or verb == "length":  # recall takes any other task for none
                 assert message in refused("eval", verb, folder)
     (folder / "task.json").unlink()
-    (folder / "train.json").write_text("{}")
-    assert "has no seq_len" in refused("eval", "length", folder)
+    for content in ("{}", '{"settings": {"seq_len": 0}}'):
+        (folder / "train.json").write_text(content)
+        assert "has no seq_len of at least 1" in refused("eval", "length", folder)
 
 
 def test_a_folder_named_as_a_verb_is_reached_by_its_path(refused, monkeypatch, tmp_path):

@@ -99,6 +99,7 @@ def test_the_predictor_of_the_head_innovation_is_trained_in_training_alone():
     auxiliary = sum(trace.losses)
     assert auxiliary > 0
     plain = model(tokens, labels=tokens).loss
+    close(model(tokens, labels=tokens, output_hidden_states=True).loss, plain)
     model.train()
     close(model(tokens, labels=tokens).loss, plain + auxiliary)
     # of n tokens in a batch of `num_items_in_batch`, the part of both losses

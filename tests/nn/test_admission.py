@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from cases import draw_tokens, make_model, shaken, simplest
 
+from bmojo.nn import mixer as mixer_module
 from bmojo.nn.admission import Admission, usage_loss
 from bmojo.nn.mixer import Mixer, Trace
 from bmojo.ops.attention import attend, largest_weights
@@ -75,13 +76,40 @@ def test_usage_loss_takes_the_largest_use_of_each_token_that_was_visible():
     assert usage_loss(g, index, used, visible & False) == 0
 
 
-def test_tokens_of_earlier_calls_teach_nothing():
-    mixer = shaken(Mixer(learned()))
-    x = torch.randn(1, 24, 8, dtype=torch.float64)
-    _, state = mixer(x[:, :20])
+@pytest.mark.parametrize("cut", [17, 18, 19, 20])
+def test_tokens_of_earlier_calls_teach_nothing(cut):
+    mixer = shaken(Mixer(learned(eidetic_slots=24)))
+    x = torch.randn(1, 21, 8, dtype=torch.float64)
+    _, state = mixer(x[:, :cut])
     trace = Trace()
-    mixer(x[:, 20:], state, trace=trace)
-    assert trace.losses[0] == 0  # a call of one chunk fills no slot that it could see
+    mixer(x[:, cut:], state, trace=trace)
+    assert trace.losses[0] == 0  # the last query sees the slots up to token 16, which came before all of this call
+
+
+def test_padding_looks_at_no_slot(monkeypatch):
+    """Nor do the places that a chunk has left behind its last token."""
+    config = learned(eidetic_slots=12)
+    seen = []
+
+    def spy(q, k, mask, count):
+        seen.append(mask[..., -count:])
+        return largest_weights(q, k, mask, count)
+
+    monkeypatch.setattr(mixer_module, "largest_weights", spy)
+    shaken(Mixer(config))(torch.randn(1, 13, 8, dtype=torch.float64), trace=Trace())
+    (slots,) = seen
+    assert slots[-1, 0, 0].any()  # token 12 does
+    assert not slots[-1, 0, 1:].any()
+
+
+def test_the_loss_has_its_weight():
+    losses = []
+    for weight in (0.5, 1.0):
+        mixer, trace = shaken(Mixer(learned(admission_loss_weight=weight))), Trace()
+        mixer(torch.ones(1, 13, 8, dtype=torch.float64).cumsum(1).sin(), trace=trace)
+        losses.append(trace.losses[0])
+    assert losses[1] > 0
+    assert losses[0] == losses[1] / 2
 
 
 def test_training_reaches_it_and_inference_pays_nothing():

@@ -7,6 +7,8 @@ import pytest
 import torch
 from cases import close, draw_tokens, make_model, same_state, small_preset
 
+from bmojo.nn.loss import auxiliary_loss
+from bmojo.nn.mixer import Trace
 from bmojo.presets import PRESETS
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of the compiler itself
@@ -19,15 +21,18 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_training_step_is_one_graph(preset):
-    model = make_model(small_preset(preset))
+@pytest.mark.parametrize(
+    ("preset", "changes"), [*((name, {}) for name in PRESETS), ("bmojo", {"admission": "learned"})]
+)
+def test_a_training_step_is_one_graph(preset, changes):
+    model = make_model(small_preset(preset, **changes))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     tokens, gradients = draw_tokens(2, 19), []
     for run in (model, compiled):
         model.zero_grad(set_to_none=True)
-        logits, state = run(tokens)
-        logits.square().sum().backward()
+        trace = Trace()
+        logits, state = run(tokens, trace=trace)
+        (logits.square().sum() + auxiliary_loss(trace)).backward()
         gradients.append((logits, state, {name: p.grad for name, p in model.named_parameters()}))
     (expected, end, ours), (got, state, theirs) = gradients
     close(got, expected)

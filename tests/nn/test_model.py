@@ -55,8 +55,8 @@ def test_wrong_folders_are_refused(tmp_path):
     config.write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError):
         BMojoLM.load(tmp_path)
-    config.write_text(json.dumps(json.loads(text) | {"eidetic_slots": 0, "conv_size": 0}))
-    with pytest.raises(CheckpointError, match=r"do not belong to its config\.json: blocks\.0\.mixer\.conv\.weight"):
+    config.write_text(json.dumps(json.loads(text) | {"conv_size": 0, "admission": "innovation"}))
+    with pytest.raises(CheckpointError, match=r"do not belong to its config\.json: blocks\.0\.mixer\.admission"):
         BMojoLM.load(tmp_path)
     config.write_text(text)
 

@@ -13,14 +13,16 @@ BLOCK = {"mixer_norm.weight": False, "mlp_norm.weight": False, "mlp.gate_up.weig
 SSM = {"A_log": False, "dt_bias": False, "conv.weight": False, "in_proj.weight": True, "norm.weight": False,
        "out_proj.weight": True}  # fmt: skip
 ATTENTION = {f"mixer.{name}_proj.weight": True for name in "qkvo"}
+ADMISSION = {"mixer.admission.weight": True, "mixer.admission.bias": False}
 SSD = {f"mixer.ssm.{name}": role for name, role in {**SSM, "D": False, "conv.bias": False}.items()}
 ROLES = {
     "transformer": ATTENTION,
     "mamba2": SSD,
     "gdn": {f"mixer.ssm.{name}": role for name, role in SSM.items()},
-    "bmojo": ATTENTION | SSD | {"mixer.conv.weight": False},
+    "bmojo": ATTENTION | SSD | ADMISSION | {"mixer.conv.weight": False},
     "bmojo, every option": ATTENTION
     | SSD
+    | ADMISSION
     | {"mixer.conv.weight": False, "mixer.innovation.predict.weight": True}
     | {f"mixer.fading_{name}_proj.weight": True for name in "qkv"}
     | {f"mixer.{name}_norm.weight": False for name in ("q", "k", "fading_q", "fading_k")}

@@ -6,14 +6,15 @@ import struct
 import pytest
 
 from bmojo.data.synthetic import make_task, task_record
+from bmojo.sweep import report
 from bmojo.sweep.report import write_report
 
 STATE = {"transformer": 90_000, "swa": 8_000, "bmojo": 40_000}
 
 
-def trial(model, seed, varied, reach=0.5):
+def trial(model, seed, varied, reach=0.5, length=128):
     noise = random.Random(f"{model}{seed}{varied}")
-    fields = {"length": 128, "pairs": varied.get("pairs", 8), "seed": seed}
+    fields = {"length": length, "pairs": varied.get("pairs", 8), "seed": seed}
     asked = [fields, {**fields, "length": 256}, {**fields, "filler": "noise"}]
 
     def score(fields):
@@ -69,6 +70,22 @@ def test_a_figure_for_all_that_varies_or_is_asked(results, tmp_path):
         assert width > 1000
         assert height > 500
         assert f"(figures/{path.name})" in (tmp_path / "table.md").read_text()
+
+
+def test_what_is_asked_of_a_model_stays_with_it(results, tmp_path, monkeypatch):
+    """Where a setting varies and is asked too, each value that was trained has a panel, with that value in it."""
+    drawn, real = [], report.draw
+
+    def spy(axis, preset, points, **changes):
+        points = list(points)
+        drawn.append((axis, [x for x, _ in points]))
+        real(axis, preset, points, **changes)
+
+    monkeypatch.setattr(report, "draw", spy)
+    trials = [trial("bmojo", 0, {"length": length}, length=length) for length in (64, 128)]
+    write_report(tmp_path, results | {"seeds": [0], "trials": trials, "varied": ["length"]})
+    panels = [(axis.get_title(), xs) for axis, xs in drawn if axis.get_xlabel() == "length"]
+    assert panels == [("length 64", [64, 256]), ("length 128", [128, 256]), ("", [64, 128])]
 
 
 def test_the_table_shows_the_best_training_with_the_interval_of_its_seeds(results, tmp_path):

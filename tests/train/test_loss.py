@@ -18,7 +18,7 @@ def batch():
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return BMojoLM(presets.bmojo("tiny", **TINY)).double()
+    return BMojoLM(presets.bmojo("tiny", **TINY, admission="innovation")).double()
 
 
 def test_is_the_mean_over_labelled_positions(model, batch):
@@ -47,13 +47,17 @@ def test_packed_documents_are_read_apart(model, batch):
 
 
 def test_adds_the_auxiliary_loss_of_the_head(batch):
-    torch.manual_seed(0)
-    model = BMojoLM(presets.bmojo("tiny", **TINY, innovation="head", head_loss_weight=0.5)).double()
-    trace = Trace()
-    logits, _ = model(batch["tokens"], trace=trace)
-    expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) + sum(trace.losses)
-    assert len(trace.losses) == 2
-    torch.testing.assert_close(next_token_loss(model, batch), expected, rtol=1e-12, atol=0)
+    found = []
+    for weight in (0.5, 1.0):
+        torch.manual_seed(0)
+        changes = {"innovation": "head", "head_loss_weight": weight, "admission": "innovation"}
+        model, trace = BMojoLM(presets.bmojo("tiny", **TINY, **changes)).double(), Trace()
+        logits, _ = model(batch["tokens"], trace=trace)
+        expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) + sum(trace.losses)
+        assert len(trace.losses) == 2
+        torch.testing.assert_close(next_token_loss(model, batch), expected, rtol=1e-12, atol=0)
+        found.append(sum(trace.losses))
+    torch.testing.assert_close(found[0], found[1] / 2, rtol=1e-12, atol=0)
 
 
 def test_the_parts_of_a_batch_sum_to_the_whole(batch):

@@ -64,10 +64,15 @@ def trained_task(folder: Path) -> dict[str, Any] | None:
 def trained_length(folder: Path) -> int | None:
     """The tokens of a row that the model in `folder` was trained on: of train.json in the folder or beside it."""
     record = _beside(folder, "train.json")
-    try:
-        return None if record is None else int(record["settings"]["seq_len"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the train.json of {folder} has no seq_len: {error!r}; give the length") from None
+    if record is None:
+        return None
+    settings = record.get("settings")
+    length = settings.get("seq_len") if isinstance(settings, dict) else None
+    if not isinstance(length, int) or length < 1:
+        raise CheckpointError(
+            f"the train.json of {folder} has no seq_len of at least 1, got {length!r}; mend or delete it"
+        )
+    return length
 
 
 def _beside(folder: Path, name: str) -> dict[str, Any] | None:

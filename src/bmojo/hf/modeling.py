@@ -169,7 +169,7 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
             count = (labels[:, 1:] != IGNORED_LABEL).sum()
             total = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), total)
-            loss = loss + auxiliary_loss(trace) * (count / total)
+            loss = loss + auxiliary_loss(trace if self.training else None) * (count / total)
         hidden = None
         if wants_hidden:
             assert trace is not None

@@ -5,7 +5,7 @@ in ONE softmax, to
 
     window    x_j, j in (i-W, i]                     itself and the W-1 before
     fading    y_j, j in (i-W-F, i-W]                 fading="summary": only the y at the ends of chunks
-    eidetic   x_p, p in M_c and p <= i-W             the E most innovative tokens before the chunk
+    eidetic   x_p, p in M_c and p <= i-W             the E tokens of highest score before the chunk
 
     position  0 ............................................. i
     eidetic   x   x     x        x            (M_c, at most E)
@@ -49,7 +49,7 @@ Rope = tuple[Tensor, Tensor]
 class Trace:
     """What the caller asks a forward pass to note down, one entry a layer that has it."""
 
-    innovation: list[Tensor] = field(default_factory=list)  # [B, T]
+    innovation: list[Tensor] = field(default_factory=list)  # [B, T] scores: times the odds, if admission is learned
     kept: list[Tensor] = field(default_factory=list)  # [B, E] positions in the slots at the end, -1: empty
     losses: list[Tensor] = field(default_factory=list)  # auxiliary losses, times their weights
     hidden: list[Tensor] | None = None  # if a list: [B, T, D], the embeddings and what each block gives; one more
@@ -294,9 +294,10 @@ class Mixer(nn.Module):
         k = torch.cat([z.transpose(2, 3) for z in self._as_compared(keys)], 3).flatten(0, 1)
         mask = mask.flatten(0, 1)[:, None]
         if self.admission is not None and trace is not None and odds.requires_grad:
-            held = 0 if state is None else config.eidetic_slots  # tokens of other calls have no gradient here
+            held = 0 if state is None else config.eidetic_slots
+            here = nn.functional.pad(layout.valid, (held, 0))  # tokens of other calls have no gradient in this one
             used = largest_weights(q, k, mask, config.eidetic_slots).unflatten(0, (batch, N))
-            visible = (slot_mask & layout.valid.unflatten(1, (N, -1))[..., None]).any(2) & (index >= held)
+            visible = slot_mask.any(2) & here.gather(1, index.flatten(1)).view_as(index)
             loss = usage_loss(odds, (index - held).clamp(min=0), used, visible)
             trace.losses.append(config.admission_loss_weight * loss)
         o = attend(q, k, torch.cat([z.transpose(2, 3) for z in values], 3).flatten(0, 1), mask)
@@ -346,6 +347,7 @@ class Mixer(nn.Module):
             slot_k = rotate(slot_k, self._table(turned, k.dtype))
         query = layout.position.unflatten(1, (layout.chunks, -1))[..., None]
         mask = (position >= 0)[:, :, None] & (position[:, :, None] <= query - config.window)
+        mask = mask & layout.valid.unflatten(1, (layout.chunks, -1))[..., None]  # padding makes no use of a slot
         progress = torch.arange(config.chunk_size, device=k.device)
         count = (layout.next_position % config.chunk_size)[:, None]
         pending = score.gather(1, (layout.end[:, None] - count + progress).clamp(max=score.shape[1] - 1))

@@ -19,7 +19,7 @@ def next_token_loss(
     of the loss of that: the parts sum to the whole, however the labels are spread.
 
     `batch` is as in `answers`: logits are made where something is asked alone, and compared in float32 at least.
-    Zero if nothing is.
+    The cross entropy is zero if nothing is.
     """
     trace = auxiliary_trace(model.config)
     features, labels = answers(model, batch, trace)
