@@ -124,7 +124,9 @@ def test_unused_settings_are_named():
     assert "innovation" in ModelConfig(pattern=("attention",)).unused
     assert "ssm_state_size" in ModelConfig(pattern=("attention",)).unused
     assert "window" in ModelConfig(pattern=("ssm",)).unused
-    assert ModelConfig(pattern=("bmojo",), fading_span=64, eidetic_slots=8).unused == set()
+    assert ModelConfig(pattern=("bmojo",), fading_span=64, eidetic_slots=8).unused == {"head_loss_weight"}
+    other = ModelConfig(fading_span=64, eidetic_slots=8, innovation="head", admission="innovation")
+    assert other.unused == {"admission_loss_weight", "innovation_forgetting", "innovation_dim"}
 
 
 def test_a_folder_older_than_learned_admission_keeps_to_innovation():

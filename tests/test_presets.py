@@ -62,3 +62,9 @@ def test_unknown_names_are_refused_with_the_nearest():
         presets.bmojo("130")
     with pytest.raises(ConfigError, match="did you mean 'window'"):
         presets.swa("tiny", windo=64)
+
+
+@pytest.mark.parametrize(("name", "pattern"), [("hybrid", "attention"), ("mamba2", "attention"), ("swa", "ssm")])
+def test_a_memory_that_its_knob_does_not_change_cannot_be_sized(name, pattern):
+    with pytest.raises(ConfigError, match="can't be sized"):
+        presets.at_state(name, "tiny", 200_000, pattern=(pattern,), window=64)

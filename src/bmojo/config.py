@@ -225,6 +225,14 @@ class ModelConfig:
         if not any(part.eidetic for part in has):
             idle |= {name for name in names if name.startswith(("innovation", "eidetic_", "admission"))}
             idle = idle - {"eidetic_slots"} | {"positions", "head_loss_weight"}
+        for name, read in (
+            ("admission_loss_weight", self.admission == "learned"),
+            ("head_loss_weight", self.innovation == "head"),
+            ("innovation_forgetting", self.innovation in ("rls", "ema")),
+            ("innovation_dim", self.innovation == "rls"),
+        ):
+            if not read:
+                idle.add(name)
         return idle
 
     @property

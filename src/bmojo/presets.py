@@ -178,6 +178,11 @@ def at_state(name: str, size: str, nbytes: int, **changes: Any) -> ModelConfig:
         return matched(name, size, **{**changes, knob: multiple * step})
 
     least, slope = state_bytes(sized(1)), state_bytes(sized(2)) - state_bytes(sized(1))
+    if not slope:
+        raise ConfigError(
+            f"the state of {name} can't be sized: {knob} does not change it with these settings; "
+            "leave out the limit, or what takes the place of the preset's own layers"
+        )
     if least > nbytes:
         raise ConfigError(
             f"the state of {name} takes at least {least:,} bytes (with {knob}={step}), got a limit of {nbytes:,}; "

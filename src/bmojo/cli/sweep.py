@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import warnings
@@ -71,7 +72,7 @@ def sweep(
             eval_rows=eval_rows,
         ),
         out or FOLDER / (name or task),
-        command=" ".join(["bmojo", *sys.argv[1:]]),
+        command=shlex.join(["bmojo", *sys.argv[1:]]),
     )
     first = True
     if started_by_torchrun():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bmojo.ops.dispatch import dispatched
+from bmojo.ops.numerics import at_least_float32, exact
 
 
 def attend_naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
@@ -30,9 +31,12 @@ def attend_chunked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
+@exact
 @torch.no_grad()
 def largest_weights(q: Tensor, k: Tensor, mask: Tensor, count: int) -> Tensor:
-    """The largest softmax weight that any head and query gives to each of the last `count` keys: [batch, count]."""
+    """The largest softmax weight that any head and query gives to each of the last `count` keys: [batch, count],
+    float32 at least."""
+    q, k = at_least_float32(q), at_least_float32(k)
     group, largest = q.shape[1] // k.shape[1], q.new_zeros(q.shape[0], count)
     for head in range(q.shape[1]):  # one at a time: a head's scores are as many as its queries times its keys
         scores = (q[:, head] @ k[:, head // group].mT * q.shape[-1] ** -0.5).masked_fill(~mask[:, 0], -torch.inf)
