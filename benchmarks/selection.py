@@ -1,15 +1,17 @@
-"""Ways of choosing what the eidetic slots keep that are no settings of the model, at equal slots, on MQAR.
+"""Ways of choosing what the eidetic slots keep that are no settings of the model, at equal slots.
 
-    python benchmarks/selection.py --out benchmarks/results/selection.json [--fillers text,noise] [--seeds 0,1,2]
+    python benchmarks/selection.py --out benchmarks/results/selection.json [--sources text,noise,drift] [--seeds 0,1,2]
 
-Each trains `bmojo` on MQAR with its pairs spread among filler, as `bmojo sweep mqar --set spread=true` does, with the
-innovation's score replaced:
+Each trains `bmojo` with the innovation's score replaced: on MQAR with its pairs spread among filler (real text, or
+uniform noise), admission being that score alone; or on the drifting source, where learned admission multiplies it.
 
 oracle    1 for the tokens of the pairs, 0 for the others: what no test can know, the upper bound
 values    1 for the values alone: with the key convolution they carry their keys
 spans     max(s_t, s_{t-1}): a token is kept along with the innovative one before it
 diverse   s_t * (1 - max_j cos^2(c_t, c_j)) over all tokens j before t: nothing like it was there; quadratic, a bound on
           what comparing with the slots can bring
+change    s_t * exp(2 n_t), n_t the changes detected up to token t: chunks whose mean s exceeds that before by two
+          of its standard deviations. What was kept before a change gives way to what comes after it
 
 s is the `rls` innovation. Results are written after each model, and models that are there are not trained again.
 """
@@ -36,10 +38,14 @@ from bmojo.train.machine import machine
 from bmojo.train.tasks import task_rows
 
 MODEL = {"hidden_size": 64, "num_heads": 2, "intermediate_size": 256, "window": 16, "chunk_size": 16,
-         "eidetic_slots": 32, "admission": "innovation"}  # fmt: skip
-TASK = {"length": 192, "pairs": 16, "keys": 256, "values": 256, "gap": 32, "spread": True}
-TRAINING = {"steps": 250, "batch_size": 32, "seq_len": 192, "learning_rate": 3e-3}
-CHOICES = ("oracle", "values", "spans", "diverse", "rls")
+         "eidetic_slots": 32}  # fmt: skip
+SPREAD = {"name": "mqar", "length": 192, "pairs": 16, "keys": 256, "values": 256, "gap": 32, "spread": True}
+SOURCES: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {  # task, admission, what is tried on it
+    "text": ({**SPREAD, "filler": "text"}, "innovation", ("oracle", "values", "spans", "diverse", "rls")),
+    "noise": ({**SPREAD, "filler": "noise"}, "innovation", ("oracle", "values", "spans", "diverse", "rls")),
+    "drift": ({"name": "drift", "length": 256, "keys": 16, "values": 64}, "learned", ("change", "diverse", "rls")),
+}
+TRAINING = {"steps": 250, "batch_size": 32, "learning_rate": 3e-3}
 
 
 class Chooser(nn.Module):
@@ -62,20 +68,34 @@ class Chooser(nn.Module):
                 c = F.normalize(x.detach().float(), dim=-1)
                 alike = (c @ c.mT).square().tril(-1).amax(-1)
                 score = score * (1 - alike)
+            case "change":
+                score = score * (2 * changes(score.unflatten(1, (layout.chunks, -1)).mean(2))).exp().repeat_interleave(
+                    layout.chunk, 1
+                )
         return score, new, loss
 
 
-def measure(choice: str, filler: str, seed: int) -> dict[str, Any]:
-    task = make_task("mqar", **TASK, filler=filler, seed=seed)
-    assert isinstance(task, MQAR)
-    settings = TrainSettings(**TRAINING, seed=seed)
+def changes(mean: Tensor) -> Tensor:
+    """How many changes were detected up to each chunk, from the mean score of each [batch, chunks]."""
+    found = torch.zeros_like(mean)
+    for c in range(4, mean.shape[1]):
+        before = mean[:, :c]
+        found[:, c] = mean[:, c] > before.mean(1) + 2 * before.std(1)
+    return found.cumsum(1)
+
+
+def measure(choice: str, source: str, seed: int) -> dict[str, Any]:
+    record, admission, _ = SOURCES[source]
+    task = make_task(**record, seed=seed)
+    settings = TrainSettings(**TRAINING, seq_len=task.length, seed=seed)
     torch.manual_seed(seed)
-    model = BMojoLM(presets.matched("bmojo", "tiny", **MODEL, vocab_size=task.vocab_size))
+    model = BMojoLM(presets.matched("bmojo", "tiny", **MODEL, admission=admission, vocab_size=task.vocab_size))
     marks: list[Tensor] = []
 
     def mark(_: nn.Module, arguments: tuple, __: Any = None) -> None:
-        facts = torch.from_numpy(task.facts(arguments[0].cpu().numpy()))
-        marks[:] = [facts & (arguments[0] >= task.keys) if choice == "values" else facts]
+        if isinstance(task, MQAR):
+            facts = torch.from_numpy(task.facts(arguments[0].cpu().numpy()))
+            marks[:] = [facts & (arguments[0] >= task.keys) if choice == "values" else facts]
 
     for block in model.blocks:
         block.mixer.innovation = Chooser(block.mixer.innovation, choice, marks)
@@ -83,37 +103,37 @@ def measure(choice: str, filler: str, seed: int) -> dict[str, Any]:
     model.features = lambda tokens, *a, **k: (mark(model, (tokens,)), read(tokens, *a, **k))[1]  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         # what is trained can't be loaded without its chooser, so the folder is of no use beyond this
-        record = train(model, task_rows([task], settings.batch_size), settings, Path(folder), tensorboard=False)
+        trained = train(model, task_rows([task], settings.batch_size), settings, Path(folder), tensorboard=False)
     model.eval()
-    score = score_task(model, task, rows=256)
     return {
         "choice": choice,
+        "source": source,
         "task": task_record(task),
+        "admission": admission,
         "seed": seed,
-        "facts_kept": facts_kept(model, task),
-        "tokens_per_second": record.tokens_per_second,
-        **score,
+        "facts_kept": facts_kept(model, task) if isinstance(task, MQAR) else None,
+        "tokens_per_second": trained.tokens_per_second,
+        **score_task(model, task, rows=256),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write, or to go on with")
-    parser.add_argument("--choices", default=",".join(CHOICES))
-    parser.add_argument("--fillers", default="text,noise")
+    parser.add_argument("--sources", default=",".join(SOURCES))
     parser.add_argument("--seeds", default="0")
     options = parser.parse_args()
     torch.set_num_threads(1)
     report = json.loads(options.out.read_text()) if options.out.exists() else {"models": []}
     report |= {"machine": machine(), "model": MODEL, "training": TRAINING}
-    done = {(model["choice"], model["task"]["filler"], model["seed"]) for model in report["models"]}
+    done = {(model["choice"], model["source"], model["seed"]) for model in report["models"]}
     for seed in map(int, options.seeds.split(",")):
-        for filler in options.fillers.split(","):
-            for choice in options.choices.split(","):
-                if (choice, filler, seed) not in done:
-                    report["models"].append(found := measure(choice, filler, seed))
+        for source in options.sources.split(","):
+            for choice in SOURCES[source][2]:
+                if (choice, source, seed) not in done:
+                    report["models"].append(found := measure(choice, source, seed))
                     write_whole(options.out, (json.dumps(report, indent=1) + "\n").encode())
-                    print(choice, filler, seed, found["accuracy"], found["facts_kept"], flush=True)
+                    print(choice, source, seed, found["accuracy"], found["facts_kept"], flush=True)
 
 
 if __name__ == "__main__":

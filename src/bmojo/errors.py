@@ -21,6 +21,10 @@ class DataError(BMojoError):
     """Text, a tokenizer or a task that can't be read or is too short."""
 
 
+class DivergenceError(BMojoError):
+    """A training whose loss is no longer finite."""
+
+
 class CheckpointError(BMojoError):
     """A model or run folder that is corrupt, foreign, or made with another configuration."""
 

@@ -16,7 +16,7 @@ import torch
 import bmojo
 from bmojo import presets
 from bmojo.data.synthetic import EVALUATION, make_task
-from bmojo.errors import BMojoError, CheckpointError
+from bmojo.errors import CheckpointError, DivergenceError
 from bmojo.eval.tasks import score_task
 from bmojo.files import write_whole
 from bmojo.nn.count import parameters
@@ -78,11 +78,7 @@ def run_trial(trial: Trial, folder: Path, rows: int) -> Entry:
     """
     try:
         entry = _run(trial, folder, rows)
-    except CheckpointError:
-        raise
-    except (BMojoError, torch.OutOfMemoryError) as error:
-        if error.__cause__ is not None:  # the system's fault, and to be mended
-            raise
+    except (DivergenceError, torch.OutOfMemoryError) as error:
         entry = {"trial": trial.content, "failed": str(error).partition("\n")[0]}
     write_whole(folder / "entry.json", (json.dumps(entry, indent=1) + "\n").encode())
     return entry

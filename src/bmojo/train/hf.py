@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from bmojo.data.packing import IGNORED_LABEL
-from bmojo.errors import BMojoError, DataError
+from bmojo.errors import BMojoError, DataError, DivergenceError
 from bmojo.nn.init import parameter_groups
 from bmojo.nn.model import BMojoLM
 from bmojo.train.checkpoints import Checkpoints, Progress, cannot_write, damaged
@@ -65,7 +65,7 @@ class _Objective(nn.Module):
 
 
 class NextTokenTrainer(Trainer):
-    """Trains with `next_token_loss` on rows in order; a loss that is not finite ends it with BMojoError.
+    """Trains with `next_token_loss` on rows in order; a loss that is not finite ends it with DivergenceError.
 
     Several processes share the rows of each step, and take the gradient of the loss of all of them (DDP). The first
     alone writes, but for the random states; who resumes may be more or fewer.
@@ -152,7 +152,7 @@ class NextTokenTrainer(Trainer):
         value, step = self.accelerator.reduce(loss.detach(), "sum").item(), self.progress.steps + 1
         if not math.isfinite(value):
             last = f"the last finite one was {self.progress.losses[-1]:.4g}" if step > 1 else "it never was finite"
-            raise BMojoError(
+            raise DivergenceError(
                 f"the loss is {value} at step {step}, {last}; "
                 f"use a lower learning rate (it is {self.settings.learning_rate:g}) or more warmup steps"
             )

@@ -54,7 +54,7 @@ def train(
     A run that was stopped, at any moment, goes on from its newest complete checkpoint, with the same losses and weights
     to the bit as one that never stopped (same machine and threads, on a CPU). Raises CheckpointError, and overwrites
     nothing, if the folder belongs to other settings or another configuration, or the newest checkpoint is damaged;
-    BMojoError if the loss is not finite or the disk is full.
+    DivergenceError if the loss is not finite, BMojoError if the disk is full.
 
     Started by torchrun, the processes share the rows of each step; all must call this, with the same model and
     arguments, and see the same folder. The losses are those of all rows, and differ from those of one process in
