@@ -88,9 +88,9 @@ def test_recall_of_a_model_that_was_not_trained_on_it(run_folder, bmojo):
 
 def test_length_of_a_task(trained, bmojo):
     content = json.loads(bmojo("eval", "length", trained, "--rows", 2, "--json")[1])
-    assert changes(content) == [{}, *({"length": 32 * times} for times in (2, 4, 8, 16))]
+    assert changes(content) == [{}, *({"length": 32 * times, "gap": 32 * (times - 1)} for times in (2, 4, 8, 16))]
     content = json.loads(bmojo("eval", "length", trained, "--rows", 2, "--lengths", "32,40", "--json")[1])
-    assert changes(content) == [{}, {"length": 40}]
+    assert changes(content) == [{}, {"length": 40, "gap": 8}]
 
 
 def test_length_of_text(run_folder, bmojo):

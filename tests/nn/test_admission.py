@@ -8,7 +8,6 @@ from cases import draw_tokens, make_model, shaken, simplest
 from bmojo.nn import mixer as mixer_module
 from bmojo.nn.admission import Admission, usage_loss
 from bmojo.nn.mixer import Mixer, Trace
-from bmojo.ops.attention import attend, largest_weights
 from bmojo.train.loss import next_token_loss
 
 
@@ -54,16 +53,6 @@ def test_it_learns_from_its_own_loss_alone():
     mixer.zero_grad(set_to_none=True)
     out.sum().backward()
     assert mixer.admission.weight.grad is None
-
-
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
-def test_largest_weights_are_those_of_the_softmax(heads):
-    q, k = torch.randn(3, heads[0], 5, 4), torch.randn(3, heads[1], 7, 4)
-    mask = torch.rand(3, 1, 5, 7) < 0.7
-    mask[..., 0] = True
-    one = torch.eye(7).expand(3, heads[1], 7, 7)
-    weights = attend(q, k, one, mask)  # values that are one-hot give the weights
-    torch.testing.assert_close(largest_weights(q, k, mask, 3), weights.amax((1, 2))[:, -3:])
 
 
 def test_usage_loss_takes_the_largest_use_of_each_token_that_was_visible():

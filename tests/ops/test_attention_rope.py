@@ -10,7 +10,7 @@ from cases import close
 
 from bmojo.errors import ConfigError
 from bmojo.ops import dispatch
-from bmojo.ops.attention import attend, attend_chunked, attend_naive
+from bmojo.ops.attention import attend, attend_chunked, attend_naive, largest_weights
 from bmojo.ops.numerics import repeat_groups
 from bmojo.ops.rope import rope_table, rotate
 
@@ -109,3 +109,13 @@ def test_the_backend_is_chosen_in_one_place_and_logged_once(caplog):
     assert torch.equal(attend(q, k, v), attend_chunked(q, k, v))
     with pytest.raises(ConfigError, match="did you mean 'chunked'"), dispatch.use_backend("chunkd"):
         pass
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
+def test_largest_weights_are_those_of_the_softmax(heads):
+    q, k = torch.randn(3, heads[0], 5, 4), torch.randn(3, heads[1], 7, 4)
+    mask = torch.rand(3, 1, 5, 7) < 0.7
+    mask[..., 0] = True
+    one = torch.eye(7).expand(3, heads[1], 7, 7)
+    weights = attend(q, k, one, mask)  # values that are one-hot give the weights
+    torch.testing.assert_close(largest_weights(q, k, mask, 3), weights.amax((1, 2))[:, -3:])

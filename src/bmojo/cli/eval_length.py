@@ -45,7 +45,10 @@ def length(
     if trained_on is not None and text is None and tokenizer is None:
         scores = Scores(model, trained_on, rows=rows, batch_size=batch_size, seed=seed)
         spans = numbers or [times * scores.own.length for times in TIMES]
-        scores.add(({"length": span} for span in spans), required=lengths is not None)
+        gap = trained_on.get("gap")  # grows by what the length does, so that every fact is further away
+        grown = ({} if gap is None else {"gap": max(0, gap + span - scores.own.length)} for span in spans)
+        changes = ({"length": span} | change for span, change in zip(spans, grown, strict=True))
+        scores.add(changes, required=lengths is not None)
         scores.show(TRAINED, trained_on, as_json)
         return
     own = trained_length(folder)
