@@ -8,6 +8,7 @@ from cases import draw_tokens, make_model, shaken, simplest
 from bmojo.nn import mixer as mixer_module
 from bmojo.nn.admission import Admission, usage_loss
 from bmojo.nn.mixer import Mixer, Trace
+from bmojo.ops.attention import largest_weights
 from bmojo.train.loss import next_token_loss
 
 
