@@ -78,7 +78,7 @@ def test_the_head_learns_from_its_own_loss_alone():
     x = torch.randn(2, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     trace = Trace()
     out, _ = mixer(x, trace=trace)
-    trace.losses[0].backward(retain_graph=True)
+    trace.losses[0].sum().backward(retain_graph=True)
     assert [n for n, p in mixer.named_parameters() if p.grad is not None] == ["innovation.predict.weight"]
     assert x.grad is None
     mixer.zero_grad(set_to_none=True)

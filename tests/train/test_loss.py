@@ -54,10 +54,12 @@ def test_adds_the_auxiliary_loss_of_the_head(batch):
         changes = {"innovation": "head", "head_loss_weight": weight, "admission": "innovation"}
         model, trace = BMojoLM(presets.bmojo("tiny", **TINY, **changes)).double(), Trace()
         logits, _ = model(batch["tokens"], trace=trace)
-        expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) + sum(trace.losses)
+        expected = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) + sum(
+            loss.mean() for loss in trace.losses
+        )
         assert len(trace.losses) == 2
         torch.testing.assert_close(next_token_loss(model, batch), expected, rtol=1e-12, atol=0)
-        found.append(sum(trace.losses))
+        found.append(sum(loss.mean() for loss in trace.losses))
     torch.testing.assert_close(found[0], found[1] / 2, rtol=1e-12, atol=0)
 
 

@@ -166,10 +166,10 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
                     f"labels must be [batch, time], {tuple(inputs.shape[:2])}, got {tuple(labels.shape)} "
                     f"for the logits of {logits.shape[1]} tokens; leave logits_to_keep at 0"
                 )
-            count = (labels[:, 1:] != IGNORED_LABEL).sum()
-            total = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            count = (labels[:, 1:] != IGNORED_LABEL).sum(1)
+            total = count.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), total)
-            loss = loss + auxiliary_loss(trace if self.training else None) * (count / total)
+            loss = loss + auxiliary_loss(trace if self.training else None, count / total)
         hidden = None
         if wants_hidden:
             assert trace is not None

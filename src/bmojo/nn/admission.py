@@ -53,13 +53,13 @@ def _log_odds(x: Tensor, shifted: Tensor, weight: Tensor, bias: Tensor) -> Tenso
 def usage_loss(g: Tensor, index: Tensor, used: Tensor, visible: Tensor) -> Tensor:
     """Binary cross entropy of sigmoid(g) against the largest use of each token that was visible in a slot.
 
-    It is the mean over rows of the mean over their tokens: that of a batch is the mean of those of its parts.
+    Of each row the mean over its tokens, [batch].
 
     g [batch, n]; of every slot of every chunk [batch, chunks, slots]: `index` into n, its use in [0, 1], and whether
-    some query could see it. A row where none could counts as zero.
+    some query could see it. Zero for a row where none could.
     """
     index, used, visible = index.flatten(1), used.flatten(1).to(g.dtype), visible.flatten(1).to(g.dtype)
     target = torch.zeros_like(g).scatter_reduce(1, index, used * visible, "amax")
     seen = torch.zeros_like(g).scatter_reduce(1, index, visible, "amax")
     loss = F.binary_cross_entropy_with_logits(g, target, weight=seen, reduction="none").sum(1)
-    return (loss / seen.sum(1).clamp(min=1)).mean()
+    return loss / seen.sum(1).clamp(min=1)

@@ -57,7 +57,7 @@ class Innovation(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor | None, prediction: Prediction, state: State | None, layout: Layout
     ) -> tuple[Tensor, State, Tensor | None]:
-        """x, y [B, L, D] -> scores [B, L], the new state, and the auxiliary loss of "head"."""
+        """x, y [B, L, D] -> scores [B, L], the new state, and the auxiliary loss of "head" of each row [B]."""
         x = x.detach()
         options: dict[str, Any] = {"chunk_size": self.chunk_size, "resets": layout.resets}
         match self.kind:
@@ -83,8 +83,8 @@ class Innovation(nn.Module):
                 extended = layout.extend(y.detach(), last, 1)  # type: ignore[union-attr]
                 past = extended[:, :-1] * (layout.position > 0)[..., None].to(x.dtype)
                 error = ops.relative_error(x, self.predict(past))
-                count = layout.valid.sum().clamp(min=1)
-                return error.detach(), {"last_y": layout.tail(extended, 1)[:, 0]}, (error * layout.valid).sum() / count
+                loss = (error * layout.valid).sum(1) / layout.valid.sum(1).clamp(min=1)
+                return error.detach(), {"last_y": layout.tail(extended, 1)[:, 0]}, loss
         return ops.position_score(self.kind, layout.position, self.index).to(at_least_float32(x).dtype), {}, None
 
     @torch.no_grad()

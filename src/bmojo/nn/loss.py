@@ -72,6 +72,9 @@ def auxiliary_trace(config: ModelConfig) -> Trace | None:
     return Trace() if config.has_auxiliary_losses else None
 
 
-def auxiliary_loss(trace: Trace | None) -> Tensor | float:
-    """The sum of the losses that the layers noted, which carry their weights."""
-    return 0.0 if trace is None else sum(trace.losses)
+def auxiliary_loss(trace: Trace | None, share: Tensor | None = None) -> Tensor | float:
+    """The sum of the losses that the layers noted, which carry their weights: of each the mean over the rows, or their
+    sum weighted by `share` [batch], that of each row in all that a step is trained on."""
+    if trace is None:
+        return 0.0
+    return sum(loss.mean() if share is None else (share * loss).sum() for loss in trace.losses)

@@ -51,7 +51,7 @@ class Trace:
 
     innovation: list[Tensor] = field(default_factory=list)  # [B, T] scores: times the odds, if admission is learned
     kept: list[Tensor] = field(default_factory=list)  # [B, E] positions in the slots at the end, -1: empty
-    losses: list[Tensor] = field(default_factory=list)  # auxiliary losses, times their weights
+    losses: list[Tensor] = field(default_factory=list)  # [B] auxiliary losses of each row, weighted
     hidden: list[Tensor] | None = None  # if a list: [B, T, D], the embeddings and what each block gives; one more
 
     def extend(self, other: Trace) -> None:
