@@ -25,7 +25,7 @@ from bmojo.data import ByteTokenizer, PackedRows, prepare
 from bmojo.files import write_whole
 from bmojo.nn import init
 from bmojo.train import train
-from bmojo.train.machine import cpu_name
+from bmojo.train.machine import machine
 
 RECALL: dict[str, dict[str, Any]] = {  # what chooses the slots is compared by `bmojo sweep`
     "default": {},
@@ -65,7 +65,7 @@ def main() -> None:
     choices, measure = (RECALL, measure_recall) if options.suite == "recall" else (TEXT, measure_text)
     chosen = options.only.split(",") if options.only else list(choices)
     report = json.loads(options.out.read_text()) if options.out.exists() else {"models": []}
-    report["machine"] = {"cpu": cpu_name(), "threads": options.threads, "torch": torch.__version__}
+    report["machine"] = machine()
     done = {(model["choice"], model["seed"]) for model in report["models"]}
     for seed in map(int, options.seeds.split(",")):
         for name in chosen:

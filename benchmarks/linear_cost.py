@@ -23,7 +23,7 @@ from bmojo import BMojoLM, presets
 from bmojo.eval import decode_cost
 from bmojo.files import write_whole
 from bmojo.train import next_token_loss
-from bmojo.train.machine import cpu_name
+from bmojo.train.machine import machine
 
 LENGTHS = [1024, 2048, 4096]
 CONTEXTS = [1024, 32768]
@@ -49,7 +49,6 @@ def main() -> int:
     load.append(os.getloadavg())
 
     broken = broken_bars(models)
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": options.threads, "torch": torch.__version__}
     report = {
         "size": "tiny",
         "batch": 1,
@@ -57,7 +56,7 @@ def main() -> int:
         "decode_rounds": options.decode_rounds,
         "bars": BARS,
         "broken": broken,
-        "machine": machine | {"load_before_and_after": load},
+        "machine": {**machine(), "cores": os.cpu_count(), "load_before_and_after": load},
         "models": models,
     }
     write_whole(options.out, (json.dumps(report, indent=1) + "\n").encode())

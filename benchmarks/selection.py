@@ -92,15 +92,17 @@ def measure(choice: str, source: str, seed: int) -> dict[str, Any]:
     model = BMojoLM(presets.matched("bmojo", "tiny", **MODEL, admission=admission, vocab_size=task.vocab_size))
     marks: list[Tensor] = []
 
-    def mark(_: nn.Module, arguments: tuple, __: Any = None) -> None:
-        if isinstance(task, MQAR):
-            facts = torch.from_numpy(task.facts(arguments[0].cpu().numpy()))
-            marks[:] = [facts & (arguments[0] >= task.keys) if choice == "values" else facts]
-
     for block in model.blocks:
         block.mixer.innovation = Chooser(block.mixer.innovation, choice, marks)
     read = model.features
-    model.features = lambda tokens, *a, **k: (mark(model, (tokens,)), read(tokens, *a, **k))[1]  # type: ignore[method-assign]
+
+    def mark_and_read(tokens: Tensor, *arguments: Any, **options: Any) -> Any:
+        if isinstance(task, MQAR):
+            facts = torch.from_numpy(task.facts(tokens.numpy()))
+            marks[:] = [facts & (tokens >= task.keys) if choice == "values" else facts]
+        return read(tokens, *arguments, **options)
+
+    model.features = mark_and_read  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         # what is trained can't be loaded without its chooser, so the folder is of no use beyond this
         trained = train(model, task_rows([task], settings.batch_size), settings, Path(folder), tensorboard=False)

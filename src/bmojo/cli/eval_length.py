@@ -46,9 +46,8 @@ def length(
         scores = Scores(model, trained_on, rows=rows, batch_size=batch_size, seed=seed)
         spans = numbers or [times * scores.own.length for times in TIMES]
         gap = trained_on.get("gap")  # grows by what the length does, so that every fact is further away
-        grown = ({} if gap is None else {"gap": max(0, gap + span - scores.own.length)} for span in spans)
-        changes = ({"length": span} | change for span, change in zip(spans, grown, strict=True))
-        scores.add(changes, required=lengths is not None)
+        more = {span: {} if gap is None else {"gap": max(0, gap + span - scores.own.length)} for span in spans}
+        scores.add(({"length": span, **more[span]} for span in spans), required=lengths is not None)
         scores.show(TRAINED, trained_on, as_json)
         return
     own = trained_length(folder)

@@ -347,7 +347,8 @@ class Mixer(nn.Module):
             slot_k = rotate(slot_k, self._table(turned, k.dtype))
         query = layout.position.unflatten(1, (layout.chunks, -1))[..., None]
         mask = (position >= 0)[:, :, None] & (position[:, :, None] <= query - config.window)
-        mask = mask & layout.valid.unflatten(1, (layout.chunks, -1))[..., None]  # padding makes no use of a slot
+        if not layout.whole:  # padding makes no use of a slot
+            mask = mask & layout.valid.unflatten(1, (layout.chunks, -1))[..., None]
         progress = torch.arange(config.chunk_size, device=k.device)
         count = (layout.next_position % config.chunk_size)[:, None]
         pending = score.gather(1, (layout.end[:, None] - count + progress).clamp(max=score.shape[1] - 1))
