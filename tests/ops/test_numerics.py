@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
@@ -29,6 +31,25 @@ def test_a_dispatched_op_passes_its_arguments_to_the_form_in_use():
     with pytest.raises(KeyError), use_backend("naive"):
         raise KeyError
     assert op(1, scale=2) == ("chunked", 1, 2)
+
+
+def test_a_kernel_runs_on_its_device_and_a_missing_one_is_announced_once(caplog):
+    def chunked(x):
+        return "chunked"
+
+    kernel = "bmojo.ops.numerics:at_least_float32"
+    here = dispatched(chunked=chunked, naive=chunked, fused={"cpu": kernel, "cuda": "bmojo.no_such_module:kernel"})
+    x = torch.zeros(1, dtype=torch.float16)
+    with caplog.at_level(logging.INFO, logger="bmojo.ops"):
+        assert here(x).dtype == torch.float32
+        assert here(x).dtype == torch.float32
+    assert len(caplog.records) <= 1  # none, if another test asked for it
+    with use_backend("chunked"):
+        assert here(x) == "chunked"
+    missing = dispatched(chunked=chunked, naive=chunked, fused={"cpu": "bmojo.no_such_module:kernel"})
+    with pytest.warns(UserWarning, match="no fused kernel, the chunked form runs, which is slower: No module named"):
+        assert missing(x) == "chunked"
+    assert missing(x) == "chunked"
 
 
 def test_an_exact_op_has_no_autocast():

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from bmojo.errors import ConfigError, nearest
 
-BACKENDS = ("chunked", "naive")
+BACKENDS = ("fused", "chunked", "naive")
 _log = logging.getLogger("bmojo.ops")
-_backend = "chunked"  # a plain global: compilers can guard on it
+_backend = "fused"  # a plain global: compilers can guard on it
+_kernels: dict[str, Callable[..., Any] | None] = {}  # by "module:name", once asked for; None: it can't be had here
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Inside the block every op runs in the named form: "chunked" (default) or "naive" (the definition; slow).
+    """Inside the block every op runs in the named form.
+
+    "fused" (default): the kernel that is made for the device of the op's first argument, where there is one; else, and
+    for ops without one, "chunked": matmuls in plain PyTorch. "naive": the definition; slow.
 
     It holds for the whole process, not for one thread.
     """
@@ -32,11 +40,38 @@ def use_backend(name: str) -> Iterator[None]:
         _backend = before
 
 
-def dispatched(**forms: Callable[..., Any]) -> Callable[..., Any]:
-    """One callable for an op's forms, which share a signature."""
+def dispatched(
+    *, chunked: Callable[..., Any], naive: Callable[..., Any], fused: Mapping[str, str] | None = None
+) -> Callable[..., Any]:
+    """One callable for an op's forms, which share a signature.
 
-    @functools.wraps(forms["chunked"])
+    `fused` names kernels as "module:function" by type of device. The module is imported at the first call; if it raises
+    ImportError (a package, a compiler or a driver is missing) that is warned of once, and the chunked form runs.
+    A kernel hands arguments that it is not made for, such as float64, to the chunked form itself.
+    """
+    kernels = dict(fused or {})
+
+    @functools.wraps(chunked)
     def op(*args: Any, **kwargs: Any) -> Any:
-        return forms[_backend](*args, **kwargs)
+        if _backend == "naive":
+            return naive(*args, **kwargs)
+        path = kernels.get(args[0].device.type) if kernels and _backend == "fused" else None
+        if path is None:
+            return chunked(*args, **kwargs)
+        if path not in _kernels and not torch.compiler.is_compiling():
+            _kernels[path] = _load(path)
+        form = _kernels.get(path) or chunked
+        return form(*args, **kwargs)
 
     return op
+
+
+def _load(path: str) -> Callable[..., Any] | None:
+    module, name = path.split(":")
+    try:
+        kernel = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        warnings.warn(f"no fused {name}, the chunked form runs, which is slower: {error}", stacklevel=3)
+        return None
+    _log.info("%s runs in %s", name, module)
+    return kernel
