@@ -46,7 +46,8 @@ def _digest(path: Path) -> str:
     about = Path("/proc/cpuinfo")
     lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
     instructions = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    parts = (path.read_text(encoding="utf-8"), *FLAGS, torch.__version__, platform.machine(), instructions)
+    sources = (file.read_text(encoding="utf-8") for file in (path, *sorted(path.parent.glob("*.h"))))
+    parts = (*sources, *FLAGS, torch.__version__, platform.machine(), instructions)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
