@@ -1,7 +1,7 @@
 """The scans on CPUs in C++, as PyTorch knows them: compiled at import, with gradients, and shapes for compilers.
 
 One step at a time on a state that stays in the cache, vectorised over channels, threads over rows and heads. Forward
-keeps the state of every 64th step; backward recomputes those between, so that memory is that of the chunked form or less.
+keeps the state of every 64th step; backward recomputes those between.
 """
 
 from __future__ import annotations
