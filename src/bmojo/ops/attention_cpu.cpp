@@ -73,7 +73,7 @@ template <typename T>
 void add_product(int64_t M, int64_t N, int64_t K, const T* A, int64_t a_m, int64_t a_k, const T* B, int64_t b_k, T* C,
                  int64_t c_m) {
   int64_t m = 0;
-  for (; m + 4 <= M; m += 4) product_rows<T, 4>(N, K, A + m * a_m, a_m, a_k, B, b_k, C + m * c_m, c_m);
+  for (; m + 6 <= M; m += 6) product_rows<T, 6>(N, K, A + m * a_m, a_m, a_k, B, b_k, C + m * c_m, c_m);
   for (; m < M; ++m) product_rows<T, 1>(N, K, A + m * a_m, a_m, a_k, B, b_k, C + m * c_m, c_m);
 }
 
