@@ -127,6 +127,9 @@ PRESETS: dict[str, Callable[..., ModelConfig]] = {
     function.__name__: function for function in (transformer, swa, mamba, mamba2, gdn, hybrid, bmojo_f, bmojo)
 }
 
+# what is compared unless models are named: each kind of memory once, of the two Mambas the newer
+COMPARED = tuple(name for name in PRESETS if name != "mamba")
+
 
 def get(name: str, size: str = "tiny", **changes: Any) -> ModelConfig:
     """A preset by name; an unknown one is refused with the nearest known."""

@@ -100,6 +100,7 @@ def drawn_alike(tensor, new, name):
     [
         ("mamba2", ("ssm.D",)),
         ("mamba2", ("ssm.A_log",)),
+        ("mamba", ("ssm.A_log", "dt_bias", "dt_proj.weight")),
         ("gdn", ("dt_bias", "in_proj.weight")),
         ("bmojo", ("innovation.projection",)),
         ("bmojo", ("mixer.conv.weight", "ssm.conv.bias")),

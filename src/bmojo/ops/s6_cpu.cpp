@@ -68,6 +68,20 @@ struct Sizes {
   int64_t row(int64_t b, int64_t t, int64_t tile) const { return (b * time + t) * channels + tile * TILE; }
 };
 
+void check(const Tensor& z, at::IntArrayRef sizes) {
+  TORCH_CHECK(z.sizes() == sizes && z.is_contiguous(), "s6: expected a contiguous tensor of ", sizes, ", got ", z.sizes());
+}
+
+void check(const Sizes& s, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+           const std::optional<Tensor>& resets) {
+  check(x, {s.batch, s.time, s.channels});
+  check(dt, {s.batch, s.time, s.channels});
+  check(A, {s.states, s.channels});
+  check(B, {s.batch, s.time, s.states});
+  check(C, {s.batch, s.time, s.states});
+  if (resets) check(*resets, {s.batch, s.time / s.chunk});
+}
+
 void load_states(std::vector<Tile>& to, const float* from, const Sizes& s, int64_t tile) {
   for (int64_t n = 0; n < s.states; ++n) to[n].load(from + n * s.channels + tile * TILE, s.width(tile));
 }
@@ -92,6 +106,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     bool keep) {
   const Sizes s(x_, B_, resets_, chunk_size);
   const int64_t N = s.states, block = N * s.channels;
+  check(s, x_, dt_, A_, B_, C_, resets_);
+  if (state_) check(*state_, {s.batch, N, s.channels});
   Tensor y_ = at::empty({s.batch, s.time, s.channels}, x_.options());
   Tensor final_ = at::empty({s.batch, N, s.channels}, x_.options());
   Tensor starts_ = at::empty({s.batch, keep ? s.spans : 0, N, s.channels}, x_.options());
@@ -139,6 +155,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& C_, const Tensor& starts_, const std::optional<Tensor>& resets_, int64_t chunk_size) {
   const Sizes s(x_, B_, resets_, chunk_size);
   const int64_t N = s.states, block = N * s.channels;
+  check(s, x_, dt_, A_, B_, C_, resets_);
+  check(dy_, x_.sizes());
+  check(dfinal_, {s.batch, N, s.channels});
+  check(starts_, {s.batch, s.spans, N, s.channels});
   Tensor dx_ = at::empty({s.batch, s.time, s.channels}, x_.options());
   Tensor ddt_ = at::empty({s.batch, s.time, s.channels}, x_.options());
   Tensor dA_ = at::empty({s.batch, N, s.channels}, x_.options());

@@ -22,10 +22,10 @@ def s6(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, *,
     chunk_size: int, state: Tensor | None = None, resets: Tensor | None = None, exclusive: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `bmojo.ops.s6`. The chunked form runs for float64, for no tokens, and for gradients of `exclusive` reads."""
+    """As `bmojo.ops.s6`. The chunked form runs for float64, and for gradients of `exclusive` reads."""
     args = [at_least_float32(z) for z in (x, dt, A_log, B, C, *(() if state is None else (state,)))]
     grad = torch.is_grad_enabled() and any(z.requires_grad for z in args)
-    if (exclusive and grad) or x.shape[1] == 0 or any(z.dtype != torch.float32 for z in args):
+    if (exclusive and grad) or any(z.dtype != torch.float32 for z in args):
         options = {"chunk_size": chunk_size, "state": state, "resets": resets, "exclusive": exclusive}
         return s6_chunked(x, dt, A_log, B, C, **options)
     args[2] = -args[2].exp().T

@@ -124,7 +124,7 @@ class Sweep:
     """
 
     task: str
-    models: tuple[str, ...] = tuple(presets.PRESETS)
+    models: tuple[str, ...] = presets.COMPARED
     size: str = "tiny"
     axes: tuple[Axis, ...] = ()
     state_bytes: tuple[int, ...] = ()
