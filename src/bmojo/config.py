@@ -127,6 +127,8 @@ class ModelConfig:
                 f"pattern has {len(self.pattern)} kinds for num_layers={self.num_layers}; "
                 f"use num_layers of at least {len(self.pattern)}"
             )
+        if not self.ssm_dt_rank:
+            object.__setattr__(self, "ssm_dt_rank", -(-self.hidden_size // 16))
         self._check_attention()
         self._check_memories()
 
@@ -260,11 +262,6 @@ class ModelConfig:
         return self.ssm_size // self.ssm_head_dim
 
     @property
-    def dt_rank(self) -> int:
-        """Width of the map that gives s6 its steps."""
-        return self.ssm_dt_rank or -(-self.hidden_size // 16)
-
-    @property
     def fading_stride(self) -> int:
         """Positions between fading tokens: 1, or a chunk for summaries."""
         return self.chunk_size if self.fading == "summary" else 1
@@ -272,7 +269,8 @@ class ModelConfig:
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed; unknown fields are refused with the nearest name.
 
-        `head_dim` and `num_kv_heads` follow `hidden_size` and `num_heads` where these change and they were derived.
+        `head_dim`, `num_kv_heads` and `ssm_dt_rank` follow `hidden_size` and `num_heads` where these change and they
+        were derived.
         """
         fields = self.to_dict()
         resized = "head_dim" not in changes and {"hidden_size", "num_heads"} & changes.keys()
@@ -280,6 +278,8 @@ class ModelConfig:
             fields["head_dim"] = 0
         if "num_kv_heads" not in changes and "num_heads" in changes and self.num_kv_heads == self.num_heads:
             fields["num_kv_heads"] = 0
+        if "hidden_size" in changes and self.ssm_dt_rank == -(-self.hidden_size // 16):
+            fields["ssm_dt_rank"] = 0
         return ModelConfig.from_dict({**fields, **changes})
 
     def to_dict(self) -> dict[str, Any]:

@@ -28,6 +28,11 @@ CORNERS = [
         | {"qk_norm": True, "window": 6, "chunk_size": 6, "pattern": ("attention", "full", "full"), "num_layers": 3},
     ),
     (
+        "mamba",
+        {"ssm": "s6", "ssm_state_size": 6, "ssm_expand": 2, "ssm_dt_rank": 3, "vocab_size": 13, "hidden_size": 16,
+         "pattern": ("ssm",), "intermediate_size": 0, "window": None},
+    ),
+    (
         "mamba2",
         SSM | {"vocab_size": 13, "hidden_size": 16, "pattern": ("ssm",), "intermediate_size": 0, "window": None},
     ),
@@ -79,6 +84,8 @@ def test_settings_survive_both_ways(name, settings):
         ("llama", {"pattern": ("full", "attention"), "window": 64}, "layers of the kinds attention, full; window=64"),
         ("qwen2", {}, "qkv_bias=False (it would be True)"),
         ("mamba2", {}, "layers of the kinds attention"),
+        ("mamba", {"pattern": ("ssm",), "intermediate_size": 0}, "ssm='ssd'"),
+        ("mamba2", {"pattern": ("ssm",), "ssm": "s6", "intermediate_size": 0}, "ssm='s6'"),
         ("llama", {"pattern": ("ssm",), "ssm": "gdn"}, "layers of the kinds ssm"),
         ("bamba", {"pattern": ("ssm",), "ssm": "gdn"}, "ssm='gdn'"),
         ("bamba", {"pattern": ("ssm",), "ssm_norm_eps": 0.001}, "ssm_norm_eps=0.001 (it would be 1e-05)"),

@@ -120,7 +120,7 @@ def gated_delta(config, w: dict[str, Array], u: Array) -> tuple[Array, Array]:
 
 
 def s6(config, w: dict[str, Array], u: Array) -> tuple[Array, Array]:
-    N, rank = config.ssm_state_size, config.ssm_dt_rank or math.ceil(config.hidden_size / 16)
+    N, rank = config.ssm_state_size, config.ssm_dt_rank
     x, z = np.split(u @ w["in_proj.weight"].T, 2, axis=1)
     x = silu(causal_conv(x, w["conv.weight"], w["conv.bias"]))
     low, B, C = np.split(x @ w["x_proj.weight"].T, [rank, rank + N], axis=1)

@@ -197,14 +197,14 @@ class GatedDeltaNet(FadingMemory):
 
 class S6(FadingMemory):
     """Mamba-1: [x, z] = W_in u; x through a short convolution and SiLU; [r, B, C] = W_x x; dt = softplus(W_dt r + dt_bias)
-    with r of `dt_rank` numbers; the scan of `ops.s6`; y = W_out ((scan + D x) * SiLU(z)).
+    with r of `ssm_dt_rank` numbers; the scan of `ops.s6`; y = W_out ((scan + D x) * SiLU(z)).
 
     The rates exp(A_log) of a channel start at 1 ... state_size. Source: Gu and Dao 2023, arXiv 2312.00752."""
 
     no_decay = ("A_log", "dt_bias", "D")
 
     def __init__(self, config: ModelConfig) -> None:
-        size, state_size, rank = config.ssm_size, config.ssm_state_size, config.dt_rank
+        size, state_size, rank = config.ssm_size, config.ssm_state_size, config.ssm_dt_rank
         super().__init__(config, size, conv_bias=True, decays=(size, state_size))
         self.parts = (rank, state_size, state_size)
         std = config.initializer_range
