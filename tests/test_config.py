@@ -124,7 +124,10 @@ def test_unused_settings_are_named():
     assert "innovation" in ModelConfig(pattern=("attention",)).unused
     assert "ssm_state_size" in ModelConfig(pattern=("attention",)).unused
     assert "window" in ModelConfig(pattern=("ssm",)).unused
-    assert ModelConfig(pattern=("bmojo",), fading_span=64, eidetic_slots=8).unused == {"head_loss_weight", "ssm_dt_rank"}
+    assert ModelConfig(pattern=("bmojo",), fading_span=64, eidetic_slots=8).unused == {
+        "head_loss_weight",
+        "ssm_dt_rank",
+    }
     assert ModelConfig(pattern=("ssm",), ssm="s6").unused >= {"ssm_head_dim", "ssm_groups", "ssm_norm_eps"}
     assert "ssm_dt_rank" not in ModelConfig(pattern=("ssm",), ssm="s6").unused
     other = ModelConfig(fading_span=64, eidetic_slots=8, innovation="head", admission="innovation")

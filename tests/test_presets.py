@@ -18,7 +18,9 @@ def test_presets_of_one_size_have_the_same_parameters(size, preset):
     with torch.device("meta"):
         parameters = sum(p.numel() for p in BMojoLM(config).parameters())
     assert parameters == count.parameters(config)
-    tolerance = 0.02 if preset not in ("mamba", "mamba2") or size in ("tiny", "mini") else 0.05  # the papers' Mambas are as they are
+    tolerance = (
+        0.02 if preset not in ("mamba", "mamba2") or size in ("tiny", "mini") else 0.05
+    )  # the papers' Mambas are as they are
     assert abs(parameters / count.parameters(transformer) - 1) < tolerance
     assert config.hidden_size == transformer.hidden_size
     assert config.num_layers == transformer.num_layers * (2 if tolerance > 0.02 else 1)

@@ -4,8 +4,8 @@
 
 Every function takes the size and any field of `ModelConfig`. At one size all presets have the same hidden size and
 depth and (within 2 %) the same parameters: the width of the MLP makes up for what the mixers differ in, unless
-`intermediate_size` is given. The exceptions are `mamba` and `mamba2` at the papers' sizes, which are the papers' models:
-no MLP, twice the layers.
+`intermediate_size` is given. The exceptions are `mamba` and `mamba2` at the papers' sizes, which are the papers'
+models: no MLP, twice the layers.
 """
 
 from __future__ import annotations

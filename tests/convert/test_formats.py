@@ -29,8 +29,17 @@ CORNERS = [
     ),
     (
         "mamba",
-        {"ssm": "s6", "ssm_state_size": 6, "ssm_expand": 2, "ssm_dt_rank": 3, "vocab_size": 13, "hidden_size": 16,
-         "pattern": ("ssm",), "intermediate_size": 0, "window": None},
+        {
+            "ssm": "s6",
+            "ssm_state_size": 6,
+            "ssm_expand": 2,
+            "ssm_dt_rank": 3,
+            "vocab_size": 13,
+            "hidden_size": 16,
+            "pattern": ("ssm",),
+            "intermediate_size": 0,
+            "window": None,
+        },
     ),
     (
         "mamba2",

@@ -45,9 +45,7 @@ from bmojo.nn.model import BMojoLM
 Opened = tuple[ModelConfig, Callable[[], dict[str, Tensor]]]
 OURS = "bmojo"
 FORMATS: dict[str, Format] = {
-    format.name: format
-    for family in (attention, mamba, mamba2, bamba, bmojo_f)
-    for format in family.FORMATS
+    format.name: format for family in (attention, mamba, mamba2, bamba, bmojo_f) for format in family.FORMATS
 }
 
 

@@ -12,7 +12,14 @@ from bmojo.convert.mapping import Field, Format, Names, Reading
 def _read(reading: Reading, ours: dict[str, Any]) -> dict[str, Any]:
     automatic = reading.get("time_step_rank", "auto") == "auto"
     rank = 0 if automatic else reading.count("time_step_rank")
-    return {"pattern": ("ssm",), "ssm": "s6", "ssm_dt_rank": rank, "window": None, "intermediate_size": 0, "num_heads": 1}
+    return {
+        "pattern": ("ssm",),
+        "ssm": "s6",
+        "ssm_dt_rank": rank,
+        "window": None,
+        "intermediate_size": 0,
+        "num_heads": 1,
+    }
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:

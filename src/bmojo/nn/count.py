@@ -16,7 +16,9 @@ def ssm_parameters(config: ModelConfig) -> int:
     shared = config.ssm_groups * config.ssm_state_size
     channels = ssm_channels(config)
     if config.ssm == "s6":
-        selects = size * (config.ssm_dt_rank + 2 * config.ssm_state_size) + (config.ssm_dt_rank + 1) * size  # B, C and steps
+        selects = (
+            size * (config.ssm_dt_rank + 2 * config.ssm_state_size) + (config.ssm_dt_rank + 1) * size
+        )  # B, C and steps
         own = channels * (config.ssm_conv + 1) + size * (config.ssm_state_size + 1)  # convolution, A_log and D
         return 3 * hidden * size + selects + own
     if config.ssm == "ssd":

@@ -196,10 +196,10 @@ class GatedDeltaNet(FadingMemory):
 
 
 class S6(FadingMemory):
-    """Mamba-1: [x, z] = W_in u; x through a short convolution and SiLU; [r, B, C] = W_x x; dt = softplus(W_dt r + dt_bias)
-    with r of `ssm_dt_rank` numbers; the scan of `ops.s6`; y = W_out ((scan + D x) * SiLU(z)).
+    """Mamba-1: [x, z] = W_in u; x through a short convolution and SiLU; [r, B, C] = W_x x, r of `ssm_dt_rank` numbers;
+    dt = softplus(W_dt r + dt_bias); the scan of `ops.s6`; y = W_out ((scan + D x) * SiLU(z)).
 
-    The rates exp(A_log) of a channel start at 1 ... state_size. Source: Gu and Dao 2023, arXiv 2312.00752."""
+    The rates exp(A_log) of a channel start at 1 ... state_size.  Source: Gu and Dao 2023, arXiv 2312.00752."""
 
     no_decay = ("A_log", "dt_bias", "D")
 

@@ -46,9 +46,10 @@ def dispatched(
 ) -> Callable[..., Any]:
     """One callable for an op's forms, which share a signature.
 
-    `fused` names kernels as "module:function" by type of device. The module is imported at the first call, or when that
-    call is traced by a compiler; if it raises ImportError (a package, a compiler or a driver is missing) that is warned of once, and the chunked form runs.
-    A kernel hands arguments that it is not made for, such as float64, to the chunked form itself.
+    `fused` names kernels as "module:function" by type of device. The module is imported at the first call, or when a
+    compiler traces that call; if it raises ImportError (a package, a compiler or a driver is missing) that is warned of
+    once, and the chunked form runs. A kernel hands arguments that it is not made for, such as float64, to the chunked
+    form itself.
     """
     kernels = dict(fused or {})
 
@@ -60,9 +61,8 @@ def dispatched(
             return chunked(*args, **kwargs)
         first: Tensor = next(iter((*args, *kwargs.values())))
         path = kernels.get(first.device.type)
-        if path is None or not _is_here(path):
-            return chunked(*args, **kwargs)
-        return _kernels[path](*args, **kwargs)
+        kernel = _kernels[path] if path is not None and _is_here(path) else None
+        return (kernel or chunked)(*args, **kwargs)
 
     return op
 

@@ -21,13 +21,15 @@ namespace {
 using at::Tensor;
 constexpr int64_t LANES = 16, VECTORS = 4, TILE = LANES * VECTORS, SPAN = 32;
 typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef float Half __attribute__((vector_size(2 * LANES)));
+typedef float Quarter __attribute__((vector_size(LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
-// 2^z for z <= 0, within 1.5 units in the last place; exactly 1 at 0, and 2^-126 in place of anything smaller.
+// 2^z for z <= 0, within 1 unit in the last place; exactly 1 at 0, and 2^-126 in place of anything smaller.
 inline Vec exp2_of_negative(Vec z) {
   const Vec shift = Vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
   const Vec least = Vec{} - 126.0f;
-  z = z > least ? z : least;
+  z = z < least ? least : z;  // so that NaN stays NaN
   const Vec whole = z + shift;
   const Vec r = z - (whole - shift);  // in [-1/2, 1/2]
   Vec p = r * 0.00015353361959569156f + 0.0013398873852565885f;
@@ -39,19 +41,33 @@ inline Vec exp2_of_negative(Vec z) {
   return (Vec)((Ints)p + ((Ints)whole << 23));
 }
 
+// the sum over lanes, by halves
 inline float sum(Vec v) {
-  float total = 0;
-  for (int64_t i = 0; i < LANES; ++i) total += v[i];
-  return total;
+  Half h[2];
+  std::memcpy(h, &v, sizeof v);
+  const Half pairs = h[0] + h[1];
+  Quarter q[2];
+  std::memcpy(q, &pairs, sizeof pairs);
+  const Quarter fours = q[0] + q[1];
+  return (fours[0] + fours[2]) + (fours[1] + fours[3]);
 }
 
-struct Tile {  // up to TILE channels of a row; those beyond the last one are zero
+// Up to TILE channels of a row; those beyond the last one are zero. A whole tile moves in copies of known size: bytes
+// copied one way and read another wait for one another in the processor, which costs more than the scan.
+struct Tile {
   Vec v[VECTORS];
   void load(const float* from, int64_t count) {
-    if (count < TILE) std::memset(v, 0, sizeof v);
+    if (count == TILE) {
+      std::memcpy(v, from, sizeof v);
+      return;
+    }
+    std::memset(v, 0, sizeof v);
     std::memcpy(v, from, sizeof(float) * count);
   }
-  void store(float* to, int64_t count) const { std::memcpy(to, v, sizeof(float) * count); }
+  void store(float* to, int64_t count) const {
+    if (count == TILE) std::memcpy(to, v, sizeof v);
+    else std::memcpy(to, v, sizeof(float) * count);
+  }
 };
 
 struct Sizes {
