@@ -79,7 +79,7 @@ def _load(path: str) -> Callable[..., Any] | None:
     try:
         kernel = getattr(importlib.import_module(module), name)
     except ImportError as error:
-        warnings.warn(f"no fused {name}, the chunked form runs, which is slower: {error}", stacklevel=3)
+        warnings.warn(f"no fused {name}, the chunked form runs, which is slower: {error}", stacklevel=4)
         return None
     _log.info("%s runs in %s", name, module)
     return kernel

@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   float *dB = dB_.mutable_data_ptr<float>(), *dC = dC_.mutable_data_ptr<float>();
 
   at::parallel_for(0, s.batch * s.tiles, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Tile> h(N), rate(N), log2_rate(N), g(N), drate(N);
+    std::vector<Tile> h(N), rate(N), log2_rate(N), g(N), drate(N), drate_of_span(N);
     std::vector<Tile> decay(SPAN * N), kept(SPAN * N);  // of every step: exp(dt A), and exp(dt A) h_{t-1}
     Tile xs[SPAN], dts[SPAN], written[SPAN];            // written: dt x
     for (int64_t task = begin; task < end; ++task) {
@@ -203,6 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       for (int64_t span = s.spans - 1; span >= 0; --span) {
         const int64_t first = span * SPAN, steps = std::min(SPAN, s.time - first);
         load_states(h, starts + (b * s.spans + span) * block, s, tile);
+        clear(drate_of_span);  // sums of sums: one long sum loses digits
         for (int64_t i = 0; i < steps; ++i) {
           const int64_t t = first + i;
           xs[i].load(x + s.row(b, t, tile), width);
@@ -232,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
               sum_B += dh * written[i].v[j];
               dwritten.v[j] += dh * Bt[n];
               ddts.v[j] += dp * rate[n].v[j];
-              drate[n].v[j] += dp * dts[i].v[j];
+              drate_of_span[n].v[j] += dp * dts[i].v[j];
               g[n].v[j] = dh * decay[i * N + n].v[j];
             }
             dBt[n] = sum(sum_B);
@@ -246,6 +247,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
           ddts.store(ddt + s.row(b, t, tile), width);
           if (s.reset(b, t)) clear(g);
         }
+        for (int64_t n = 0; n < N; ++n)
+          for (int64_t j = 0; j < VECTORS; ++j) drate[n].v[j] += drate_of_span[n].v[j];
       }
       store_states(drate, dA + b * block, s, tile);
       store_states(g, dstate + b * block, s, tile);
