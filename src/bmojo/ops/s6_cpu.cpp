@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,10 +20,15 @@
 namespace {
 
 using at::Tensor;
-constexpr int64_t LANES = 16, VECTORS = 4, TILE = LANES * VECTORS, SPAN = 32;
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+constexpr int64_t VECTORS = 4, TILE = LANES * VECTORS, SPAN = 32;
 typedef float Vec __attribute__((vector_size(4 * LANES)));
-typedef float Half __attribute__((vector_size(2 * LANES)));
-typedef float Quarter __attribute__((vector_size(LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
 // 2^z for z <= 0, within 1 unit in the last place; exactly 1 at 0, and 2^-126 in place of anything smaller.
@@ -43,13 +49,11 @@ inline Vec exp2_of_negative(Vec z) {
 
 // the sum over lanes, by halves
 inline float sum(Vec v) {
-  Half h[2];
-  std::memcpy(h, &v, sizeof v);
-  const Half pairs = h[0] + h[1];
-  Quarter q[2];
-  std::memcpy(q, &pairs, sizeof pairs);
-  const Quarter fours = q[0] + q[1];
-  return (fours[0] + fours[2]) + (fours[1] + fours[3]);
+  float part[LANES];
+  std::memcpy(part, &v, sizeof v);
+  for (int64_t width = LANES / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i) part[i] += part[i + width];
+  return part[0];
 }
 
 // Up to TILE channels of a row; those beyond the last one are zero. A whole tile moves in copies of known size: bytes
@@ -164,8 +168,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   return {y_, final_, starts_};
 }
 
-// gradients of x, dt, A [batch, state, channels], B and C [tiles, batch, time, state], state: sums over the first
-// dimension of those of A, B and C are left to the caller
+// gradients of x, dt, A, B, C and the state; a task has its own part of those of A, B and C
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dy_, const Tensor& dfinal_, const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_,
     const Tensor& C_, const Tensor& starts_, const std::optional<Tensor>& resets_, int64_t chunk_size) {
@@ -254,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       store_states(g, dstate + b * block, s, tile);
     }
   });
-  return {dx_, ddt_, dA_, dB_, dC_, dstate_};
+  return {dx_, ddt_, at::sum(dA_, 0), at::sum(dB_, 0), at::sum(dC_, 0), dstate_};
 }
 
 }  // namespace
