@@ -28,7 +28,7 @@ ERRORS = [
       for wrong in (0, 1.5, True)),
     *(({name: -1}, f"{name} must be a whole number of at least 0, got -1")
       for name in ("intermediate_size", "conv_size", "fading_span", "eidetic_slots")),
-    ({"ssm": "sdd"}, "unknown ssm 'sdd'; did you mean 'ssd'? known: gdn, ssd"),
+    ({"ssm": "sdd"}, "unknown ssm 'sdd'; did you mean 'ssd'? known: gdn, s6, ssd"),
     ({"fading": "windows"}, "did you mean 'window'?"),
     ({"positions": "tru"}, "did you mean 'true'?"),
     ({"innovation": "randon"}, "did you mean 'random'?"),
@@ -124,9 +124,14 @@ def test_unused_settings_are_named():
     assert "innovation" in ModelConfig(pattern=("attention",)).unused
     assert "ssm_state_size" in ModelConfig(pattern=("attention",)).unused
     assert "window" in ModelConfig(pattern=("ssm",)).unused
-    assert ModelConfig(pattern=("bmojo",), fading_span=64, eidetic_slots=8).unused == {"head_loss_weight"}
+    assert ModelConfig(pattern=("bmojo",), fading_span=64, eidetic_slots=8).unused == {
+        "head_loss_weight",
+        "ssm_dt_rank",
+    }
+    assert ModelConfig(pattern=("ssm",), ssm="s6").unused >= {"ssm_head_dim", "ssm_groups", "ssm_norm_eps"}
+    assert "ssm_dt_rank" not in ModelConfig(pattern=("ssm",), ssm="s6").unused
     other = ModelConfig(fading_span=64, eidetic_slots=8, innovation="head", admission="innovation")
-    assert other.unused == {"admission_loss_weight", "innovation_forgetting", "innovation_dim"}
+    assert other.unused == {"admission_loss_weight", "innovation_forgetting", "innovation_dim", "ssm_dt_rank"}
 
 
 def test_a_folder_older_than_learned_admission_keeps_to_innovation():

@@ -18,7 +18,9 @@ def test_presets_of_one_size_have_the_same_parameters(size, preset):
     with torch.device("meta"):
         parameters = sum(p.numel() for p in BMojoLM(config).parameters())
     assert parameters == count.parameters(config)
-    tolerance = 0.02 if preset != "mamba2" or size in ("tiny", "mini") else 0.05  # the papers' Mamba-2 is what it is
+    tolerance = (
+        0.02 if preset not in ("mamba", "mamba2") or size in ("tiny", "mini") else 0.05
+    )  # the papers' Mambas are as they are
     assert abs(parameters / count.parameters(transformer) - 1) < tolerance
     assert config.hidden_size == transformer.hidden_size
     assert config.num_layers == transformer.num_layers * (2 if tolerance > 0.02 else 1)
@@ -35,17 +37,19 @@ def test_they_stay_equal_when_what_they_share_changes(preset, changes):
 def test_what_the_corners_are():
     get = {name: presets.get(name) for name in presets.PRESETS}
     assert {name: set(config.kinds) for name, config in get.items()} == {
-        "transformer": {"attention"}, "swa": {"attention"}, "mamba2": {"ssm"}, "gdn": {"ssm"},
+        "transformer": {"attention"}, "swa": {"attention"}, "mamba": {"ssm"}, "mamba2": {"ssm"},
+        "gdn": {"ssm"},
         "hybrid": {"ssm", "attention"}, "bmojo_f": {"bmojo"}, "bmojo": {"bmojo"},
     }  # fmt: skip
     assert get["transformer"].window is None
     assert get["swa"].window == get["hybrid"].window == 64
-    assert (get["mamba2"].ssm, get["gdn"].ssm) == ("ssd", "gdn")
+    assert (get["mamba"].ssm, get["mamba2"].ssm, get["gdn"].ssm) == ("s6", "ssd", "gdn")
     assert get["gdn"].ssm_groups == get["gdn"].ssm_heads
     assert (get["bmojo_f"].fading_span, get["bmojo_f"].eidetic_slots) == (64, 0)
     assert (get["bmojo"].fading_span, get["bmojo"].eidetic_slots) == (64, 32)
-    assert presets.mamba2("130m").intermediate_size == 0
-    assert presets.mamba2("130m").num_layers == 24
+    for config in (presets.mamba("130m"), presets.mamba2("130m")):
+        assert (config.intermediate_size, config.num_layers) == (0, 24)
+    assert presets.mamba("130m").ssm_state_size == 16
 
 
 def test_changes_are_kept():

@@ -19,7 +19,7 @@ CHECKPOINT_ENTRIES = frozenset({
     "output_hidden_states", "pad_token_id", "problem_type", "quantization_config", "return_dict", "tie_word_embeddings",
     "torch_dtype", "transformers_version", "use_cache"})  # fmt: skip
 LAYERS = ("attention", "full", "ssm", "bmojo")
-SSMS = ("ssd", "gdn")
+SSMS = ("ssd", "gdn", "s6")
 FADINGS = ("window", "summary")
 POSITIONS = ("true", "compact")
 INNOVATIONS = ("rls", "ema", "state", "head", "random", "recent", "first")
@@ -41,7 +41,7 @@ class ModelConfig:
 
     - `"attention"` reads the window alone (`window=None`: the whole past, a Transformer);
     - `"full"` reads the whole past, whatever the window of the other layers;
-    - `"ssm"` reads the fading state alone (Mamba-2, gated delta net);
+    - `"ssm"` reads the fading state alone (Mamba-2, gated delta net, Mamba-1);
     - `"bmojo"` reads window, fading tokens and eidetic slots in one softmax.
 
     Sizes are in tokens. `window`, `fading_span` and the eidetic refresh are counted in whole chunks of `chunk_size`.
@@ -75,6 +75,7 @@ class ModelConfig:
     ssm_expand: int = 1
     ssm_head_dim: int = 32
     ssm_state_size: int = 16
+    ssm_dt_rank: int = 0  # of the map that gives s6 its steps; 0: hidden_size / 16, rounded up
     ssm_groups: int = 1  # heads that share B and C (ssd), or q and k (gdn), come in this many groups
     ssm_conv: int = 4
     ssm_norm_eps: float | None = None  # of the norm inside the SSM; None: norm_eps
@@ -112,7 +113,7 @@ class ModelConfig:
                      "ssm_expand", "ssm_head_dim", "ssm_state_size", "ssm_groups", "ssm_conv",
                      "innovation_dim"):  # fmt: skip
             self._at_least(name, 1)
-        for name in ("intermediate_size", "conv_size", "fading_span", "eidetic_slots"):
+        for name in ("intermediate_size", "conv_size", "fading_span", "eidetic_slots", "ssm_dt_rank"):
             self._at_least(name, 0)
         for name, known in (("ssm", SSMS), ("fading", FADINGS), ("positions", POSITIONS), ("innovation", INNOVATIONS),
                             ("admission", ADMISSIONS)):  # fmt: skip
@@ -126,6 +127,8 @@ class ModelConfig:
                 f"pattern has {len(self.pattern)} kinds for num_layers={self.num_layers}; "
                 f"use num_layers of at least {len(self.pattern)}"
             )
+        if not self.ssm_dt_rank:
+            object.__setattr__(self, "ssm_dt_rank", -(-self.hidden_size // 16))
         self._check_attention()
         self._check_memories()
 
@@ -152,10 +155,10 @@ class ModelConfig:
             raise ConfigError(f"head_dim must be even (rotary positions turn pairs), got {self.head_dim}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
-        if any(self.parts(kind).ssm for kind in self.pattern):
-            self._check_ssm()
+        if self.ssm != "s6" and any(self.parts(kind).ssm for kind in self.pattern):
+            self._check_ssm_heads()
 
-    def _check_ssm(self) -> None:
+    def _check_ssm_heads(self) -> None:
         if (self.ssm_expand * self.hidden_size) % self.ssm_head_dim:
             raise ConfigError(
                 f"ssm_expand * hidden_size ({self.ssm_expand * self.hidden_size}) must be a multiple of "
@@ -230,6 +233,8 @@ class ModelConfig:
             ("head_loss_weight", self.innovation == "head"),
             ("innovation_forgetting", self.innovation in ("rls", "ema")),
             ("innovation_dim", self.innovation == "rls"),
+            ("ssm_dt_rank", self.ssm == "s6"),
+            *((name, self.ssm != "s6") for name in ("ssm_head_dim", "ssm_groups", "ssm_norm_eps")),
         ):
             if not read:
                 idle.add(name)
@@ -264,7 +269,8 @@ class ModelConfig:
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed; unknown fields are refused with the nearest name.
 
-        `head_dim` and `num_kv_heads` follow `hidden_size` and `num_heads` where these change and they were derived.
+        `head_dim`, `num_kv_heads` and `ssm_dt_rank` follow `hidden_size` and `num_heads` where these change and they
+        were derived.
         """
         fields = self.to_dict()
         resized = "head_dim" not in changes and {"hidden_size", "num_heads"} & changes.keys()
@@ -272,6 +278,8 @@ class ModelConfig:
             fields["head_dim"] = 0
         if "num_kv_heads" not in changes and "num_heads" in changes and self.num_kv_heads == self.num_heads:
             fields["num_kv_heads"] = 0
+        if "hidden_size" in changes and self.ssm_dt_rank == -(-self.hidden_size // 16):
+            fields["ssm_dt_rank"] = 0
         return ModelConfig.from_dict({**fields, **changes})
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from bmojo.files import optional_module
 STYLES = {
     "transformer": ("#000000", "o"),
     "swa": ("#56B4E9", "s"),
+    "mamba": ("#F0E442", "<"),
     "mamba2": ("#009E73", "^"),
     "gdn": ("#E69F00", "v"),
     "hybrid": ("#CC79A7", "P"),

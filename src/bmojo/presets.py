@@ -4,8 +4,8 @@
 
 Every function takes the size and any field of `ModelConfig`. At one size all presets have the same hidden size and
 depth and (within 2 %) the same parameters: the width of the MLP makes up for what the mixers differ in, unless
-`intermediate_size` is given. The exception is `mamba2` at the papers' sizes, which is the paper's model: no MLP, twice
-the layers.
+`intermediate_size` is given. The exceptions are `mamba` and `mamba2` at the papers' sizes, which are the papers'
+models: no MLP, twice the layers.
 """
 
 from __future__ import annotations
@@ -86,6 +86,14 @@ def mamba2(size: str = "tiny", **changes: Any) -> ModelConfig:
     return _build(size, fields, changes)
 
 
+def mamba(size: str = "tiny", **changes: Any) -> ModelConfig:
+    """The fading state alone: Mamba-1 (with an MLP at `tiny` and `mini`; intermediate_size=0 leaves it out)."""
+    fields = _size(size, pattern=["ssm"], ssm="s6", ssm_expand=2, ssm_state_size=16, window=None)
+    if size not in ("tiny", "mini"):
+        fields |= {"intermediate_size": 0, "num_layers": 2 * fields["num_layers"]}
+    return _build(size, fields, changes)
+
+
 def gdn(size: str = "tiny", **changes: Any) -> ModelConfig:
     """The gated delta rule alone, as in the linear layers of Qwen3-Next."""
     fields = _size(size, pattern=["ssm"], ssm="gdn", window=None)
@@ -116,8 +124,11 @@ def bmojo(size: str = "tiny", **changes: Any) -> ModelConfig:
 
 
 PRESETS: dict[str, Callable[..., ModelConfig]] = {
-    function.__name__: function for function in (transformer, swa, mamba2, gdn, hybrid, bmojo_f, bmojo)
+    function.__name__: function for function in (transformer, swa, mamba, mamba2, gdn, hybrid, bmojo_f, bmojo)
 }
+
+# what is compared unless models are named: each kind of memory once, of the two Mambas the newer
+COMPARED = tuple(name for name in PRESETS if name != "mamba")
 
 
 def get(name: str, size: str = "tiny", **changes: Any) -> ModelConfig:
@@ -134,22 +145,22 @@ def _same_span(fields: dict[str, Any], changes: dict[str, Any]) -> int:
 
 def matched(name: str, size: str = "tiny", **changes: Any) -> ModelConfig:
     """A preset to be compared with others at equal parameters: the depth and the parameters of the Transformer of that
-    size with these changes. `mamba2` then has an MLP at every size, and a change of the window is left out where it
-    would make another model of the preset."""
+    size with these changes. `mamba` and `mamba2` then have an MLP at every size, and a change of the window is left out
+    where it would make another model of the preset."""
     _size(size)
     depth = changes.setdefault("num_layers", SIZES[size]["num_layers"])
     width = changes.pop("intermediate_size", SIZES[size]["intermediate_size"])
     window = {"window": changes.pop("window")} if "window" in changes else {}
     shape = {key: value for key, value in changes.items() if key in _SHAPE}
     target = parameters(transformer(size, **shape, intermediate_size=width))
-    if name not in ("transformer", "mamba2", "gdn") or "pattern" in changes:
+    if name not in ("transformer", "mamba", "mamba2", "gdn") or "pattern" in changes:
         changes |= window
     return _fit(get(name, size, **{**changes, "num_layers": depth, "intermediate_size": width}), target)
 
 
 # the setting that sizes a preset's memory, and the multiples of what it comes in
-STATE_KNOBS = {"swa": "window", "mamba2": "ssm_state_size", "gdn": "ssm_state_size", "hybrid": "ssm_state_size",
-               "bmojo_f": "ssm_state_size", "bmojo": "eidetic_slots"}  # fmt: skip
+STATE_KNOBS = {"swa": "window", "mamba": "ssm_state_size", "mamba2": "ssm_state_size", "gdn": "ssm_state_size",
+               "hybrid": "ssm_state_size", "bmojo_f": "ssm_state_size", "bmojo": "eidetic_slots"}  # fmt: skip
 
 
 def state_bytes(config: ModelConfig, context: int = 0) -> int:

@@ -120,7 +120,7 @@ def test_text_that_cannot_be_used_is_refused(arguments, tmp_path, refused, bmojo
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--model", "mamba3"], "unknown model 'mamba3'; did you mean 'mamba2'?"),
+        (["--model", "mamba3"], "unknown model 'mamba3'; did you mean 'mamba'?"),
         (["--size", "teeny"], "unknown size 'teeny'; did you mean 'tiny'?"),
         (["--set", "vocab_size=9"], "vocab_size comes from the tokenizer"),
         (["--steps", "0"], "steps must be a whole number of at least 1, got 0"),

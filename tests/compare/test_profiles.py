@@ -16,10 +16,10 @@ def configs_of(profile, suite):
 
 
 @pytest.mark.parametrize(("profile", "suite"), SUITES)
-def test_the_seven_models_have_equal_parameters(profile, suite):
+def test_the_models_have_equal_parameters(profile, suite):
     configs = configs_of(profile, suite)
     counts = [parameters(config) for config in configs.values()]
-    assert len(counts) == 7
+    assert len(counts) == len(presets.PRESETS)
     assert max(counts) <= 1.02 * min(counts)
     assert TOLERANCE == 0.02
     require_equal(suite, configs)
@@ -33,7 +33,7 @@ def test_the_models_differ_in_their_memories_alone(profile, suite):
     }
     windows = {configs[name].window for name in ("swa", "hybrid", "bmojo_f", "bmojo")}
     assert len(shapes) == len(windows) == 1
-    assert {configs[name].window for name in ("transformer", "mamba2", "gdn")} == {None}
+    assert {configs[name].window for name in ("transformer", "mamba", "mamba2", "gdn")} == {None}
     assert [name for name, config in configs.items() if config.eidetic_slots] == ["bmojo"]
 
 

@@ -24,11 +24,13 @@ HYBRID = SIZES | {
     "swa_config": {"window_size": 64},
     "bmojo_config": {"window_size": 64},
 }
+MAMBA = {"vocab_size": 260, "hidden_size": 8, "num_hidden_layers": 2, "time_step_rank": "auto"}
 VALID = {
     "llama": SIZES,
     "mistral": SIZES,
     "qwen2": QWEN,
     "qwen3": QWEN,
+    "mamba": MAMBA,
     "mamba2": MAMBA2,
     "bamba": BAMBA,
     "hybrid_llama": HYBRID,
@@ -73,6 +75,10 @@ def test_the_settings_below_are_refused_for_what_is_changed_alone(name):
         ("qwen3", {"layer_types": ["full_attention"]}, "expected a kind for each of 2 layers"),
         ("qwen3", {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 2}, "use_sliding_window is"),
         ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+        ("mamba", {"use_bias": True}, "use_bias=True"),
+        ("mamba", {"use_conv_bias": False}, "use_conv_bias=False"),
+        ("mamba", {"time_step_rank": 0}, "time_step_rank=0 (expected a whole number of at least 1)"),
+        ("mamba", {"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
         ("mamba2", {"time_step_limit": [0.0, 0.1]}, "time_step_limit=[0.0, 0.1] (steps are clamped)"),
         ("mamba2", {"use_conv_bias": False}, "use_conv_bias=False"),
         ("mamba2", {"use_bias": True}, "use_bias=True"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import close, draw_tokens, shaken
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BambaConfig, LlamaConfig, Mamba2Config
+from transformers import AutoModelForCausalLM, BambaConfig, LlamaConfig, Mamba2Config, MambaConfig
 
 import bmojo
 from bmojo.convert import ConversionError, convert, job
@@ -143,15 +143,15 @@ def test_gguf_needs_its_package(tmp_path, monkeypatch):
         convert(tmp_path / "model.gguf", tmp_path / "target")
 
 
-def test_what_transformers_saves_of_mamba2_and_bamba_is_read(tmp_path):
-    """Its default limit of steps is infinite, which it writes as an object."""
+def test_what_transformers_saves_of_state_space_models_is_read(tmp_path):
+    """The default limit of steps of Mamba-2 and Bamba is infinite, which is written as an object."""
     sizes = {"vocab_size": 13, "hidden_size": 16, "num_hidden_layers": 2}
     mamba2 = Mamba2Config(**sizes, num_heads=4, head_dim=8, n_groups=1, state_size=4, chunk_size=4)
     bamba = BambaConfig(**sizes, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
                         attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=4,
                         mamba_chunk_size=4)  # fmt: skip
     bamba.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
-    for config in (mamba2, bamba):
+    for config in (MambaConfig(**sizes, state_size=4), mamba2, bamba):
         theirs = shaken(AutoModelForCausalLM.from_config(config), dtype=torch.float32).eval()
         theirs.save_pretrained(tmp_path / config.model_type)
         convert(tmp_path / config.model_type, tmp_path / f"our {config.model_type}")

@@ -19,7 +19,7 @@ def new_model(name="bmojo"):
     return BMojoLM(presets.get(name, "tiny", **FIELDS, **extra))
 
 
-@pytest.mark.parametrize("name", ["bmojo", "transformer", "gdn", "hybrid"])
+@pytest.mark.parametrize("name", ["bmojo", "transformer", "gdn", "mamba", "hybrid"])
 def test_greedy_is_the_argmax_of_the_full_forward_pass(name):
     model = new_model(name).double()
     ids = list(PROMPT)

@@ -170,7 +170,7 @@ def test_what_generate_gives_on_request(bmojo):
         bmojo.generate(draw_tokens(2, 7), **GREEDY, return_dict_in_generate=True, output_attentions=True)
 
 
-@pytest.mark.parametrize("name", ["hybrid", "gdn", "bmojo"])
+@pytest.mark.parametrize("name", ["hybrid", "mamba", "gdn", "bmojo"])
 def test_half_precision(name):
     model = hf_model(name, torch.bfloat16)
     prompt, mask = left_padded([draw_tokens(1, 11), draw_tokens(1, 6, seed=1)])

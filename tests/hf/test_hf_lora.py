@@ -11,7 +11,13 @@ from transformers import AutoModelForCausalLM
 # PEFT still asks for names that the newest Transformers wants replaced
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 ATTENTION, SSM = ["q_proj", "k_proj", "v_proj", "o_proj"], ["in_proj", "out_proj"]
-CASES = [("transformer", ATTENTION), ("mamba2", SSM), ("gdn", SSM), ("hybrid", ATTENTION + SSM)]
+CASES = [
+    ("transformer", ATTENTION),
+    ("mamba", ["in_proj", "x_proj", "dt_proj", "out_proj"]),
+    ("mamba2", SSM),
+    ("gdn", SSM),
+    ("hybrid", ATTENTION + SSM),
+]
 CASES += [("bmojo", ATTENTION + SSM), ("bmojo", "all-linear")]
 
 

@@ -8,6 +8,7 @@ SMALL = {"vocab_size": 32, "hidden_size": 32, "num_heads": 2, "chunk_size": 8}
 MEMORIES = {"window": 16, "ssm_head_dim": 16}
 FAMILY = {
     "transformer": {},
+    "mamba": {},
     "mamba2": {"ssm_head_dim": 16},
     "gdn": {"ssm_head_dim": 16},
     "bmojo": {**MEMORIES, "eidetic_slots": 4, "conv_size": 4},

@@ -5,6 +5,7 @@ import torch
 
 from bmojo import BMojoLM, Trace, presets
 from bmojo.ops.gated_delta import gated_delta_chunked
+from bmojo.ops.s6 import s6, s6_chunked
 from bmojo.ops.ssd import ssd_chunked
 
 
@@ -25,7 +26,10 @@ def test_ops_are_not_rounded():
     x, B, C = torch.randn(1, 128, 2, 8), torch.randn(1, 128, 1, 4), torch.randn(1, 128, 1, 4)
     dt, A_log = torch.rand(1, 128, 2), torch.zeros(2)
     q, k = torch.nn.functional.normalize(torch.randn(2, 1, 128, 2, 4), dim=-1)
+    flat = (x.flatten(2), torch.rand(1, 128, 16), torch.zeros(16, 4), B[:, :, 0], C[:, :, 0])
     calls = [
+        lambda: s6(*flat, chunk_size=32),
+        lambda: s6_chunked(*flat, chunk_size=32),
         lambda: ssd_chunked(x, dt, A_log, B, C, chunk_size=32),
         lambda: gated_delta_chunked(q, k, x, dt, -dt, chunk_size=32),
     ]

@@ -22,7 +22,12 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize(
-    ("preset", "changes"), [*((name, {}) for name in PRESETS), ("bmojo", {"admission": "learned"})]
+    ("preset", "changes"),
+    [
+        *((name, {}) for name in PRESETS),
+        ("bmojo", {"admission": "learned"}),
+        ("bmojo", {"ssm": "s6", "innovation": "state"}),
+    ],
 )
 def test_a_training_step_is_one_graph(preset, changes):
     model = make_model(small_preset(preset, **changes))

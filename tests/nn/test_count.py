@@ -48,6 +48,7 @@ def test_state_bytes_of_drawn_configurations(config):
         ("bmojo", {"fading": "summary", "innovation": "ema"}),
         ("bmojo", {"innovation": "head", "eidetic_slots": 128}),
         ("bmojo", {"ssm": "gdn", "intermediate_size": 0}),
+        ("bmojo", {"ssm": "s6", "ssm_expand": 2, "innovation": "state"}),
         ("hybrid", {"window": None, "ssm_groups": 4}),
         ("gdn", {"ssm_groups": 1}),
     ],

@@ -15,8 +15,11 @@ SSM = {"A_log": False, "dt_bias": False, "conv.weight": False, "in_proj.weight":
 ATTENTION = {f"mixer.{name}_proj.weight": True for name in "qkvo"}
 ADMISSION = {"mixer.admission.weight": True, "mixer.admission.bias": False}
 SSD = {f"mixer.ssm.{name}": role for name, role in {**SSM, "D": False, "conv.bias": False}.items()}
+S6 = SSD | {f"mixer.ssm.{name}_proj.weight": True for name in ("x", "dt")}
+del S6["mixer.ssm.norm.weight"]
 ROLES = {
     "transformer": ATTENTION,
+    "mamba": S6,
     "mamba2": SSD,
     "gdn": {f"mixer.ssm.{name}": role for name, role in SSM.items()},
     "bmojo": ATTENTION | SSD | ADMISSION | {"mixer.conv.weight": False},

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cases import close
 
 from bmojo.ops import gated_delta as delta
-from bmojo.ops import ssd
+from bmojo.ops import s6, ssd
 
 CHUNK = 16
 
@@ -27,22 +27,26 @@ def inputs(op: str, time: int, groups: int = 1, seed: int = 0) -> dict[str, torc
     if op == "ssd":
         args = {"x": normal(length, 4, 5), "dt": F.softplus(normal(length, 4)) * alive[:, None],
                 "A_log": normal(4)[0], "B": normal(length, groups, 3), "C": normal(length, groups, 3)}  # fmt: skip
+    elif op == "s6":
+        args = {"x": normal(length, 5), "dt": F.softplus(normal(length, 5)) * alive[:, None],
+                "A_log": normal(5, 3)[0], "B": normal(length, 3), "C": normal(length, 3)}  # fmt: skip
     else:
         args = {"q": normal(length, 4, 3), "k": F.normalize(normal(length, 4, 3), dim=-1), "v": normal(length, 4, 5),
                 "beta": normal(length, 4).sigmoid() * alive[:, None],
                 "g": -F.softplus(normal(length, 4)) * alive[:, None]}  # fmt: skip
-    args["state"] = normal(4, 3, 5)
+    args["state"] = normal(3, 5) if op == "s6" else normal(4, 3, 5)
     return {name: z.detach().requires_grad_() for name, z in args.items()}
 
 
 FORMS = {
     "ssd": (ssd.ssd_naive, ssd.ssd_chunked, ssd.ssd_step),
     "gated_delta": (delta.gated_delta_naive, delta.gated_delta_chunked, delta.gated_delta_step),
+    "s6": (s6.s6_naive, s6.s6_chunked, s6.s6_step),
 }
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
-@pytest.mark.parametrize(("op", "groups"), [("ssd", 1), ("ssd", 2), ("ssd", 4), ("gated_delta", 4)])
+@pytest.mark.parametrize(("op", "groups"), [("ssd", 1), ("ssd", 2), ("ssd", 4), ("gated_delta", 4), ("s6", 1)])
 @pytest.mark.parametrize("time", [1, 15, 16, 17, 63, 100])
 def test_chunked_equals_naive_forwards_and_backwards(op, groups, time, exclusive):
     naive, chunked, _ = FORMS[op]
@@ -51,7 +55,7 @@ def test_chunked_equals_naive_forwards_and_backwards(op, groups, time, exclusive
         args = inputs(op, time, groups)
         out, final = form(**args, chunk_size=CHUNK, exclusive=exclusive)
         weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
-        ((out * weight)[:, :time].sum() + (final * weight[0, 0, 0, 0]).sum()).backward()
+        ((out * weight)[:, :time].sum() + (final * weight.flatten()[0]).sum()).backward()
         results.append({"out": out[:, :time], "final": final} | {f"d{name}": z.grad for name, z in args.items()})
     for name, expected in results[0].items():
         error = (results[1][name] - expected).square().mean().sqrt()
@@ -108,7 +112,7 @@ def test_padded_steps_leave_the_state_as_it_is(op):
 def test_half_precision_inputs_are_scanned_in_float32_and_long_decays_stay_finite(op):
     _, chunked, _ = FORMS[op]
     args = {name: z.detach().to(torch.bfloat16) for name, z in inputs(op, 64, 4).items()}
-    name = "dt" if op == "ssd" else "g"
+    name = "g" if op == "gated_delta" else "dt"
     args[name] = args[name] * 1000
     out, final = chunked(**args, chunk_size=64)
     assert out.dtype == final.dtype == torch.float32

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bmojo.ops.gated_delta import gated_delta_chunked, gated_delta_naive
+from bmojo.ops.s6 import s6, s6_chunked, s6_naive
 from bmojo.ops.ssd import ssd_chunked, ssd_naive
 
 
@@ -30,3 +31,14 @@ def test_gated_delta(chunk):
     args = (q, k, v, beta, g)
     exact = gated_delta_naive(*(z.double() for z in args), chunk_size=chunk)
     assert worst(gated_delta_chunked(*args, chunk_size=chunk), exact) < 1e-5
+
+
+@pytest.mark.parametrize("form", [s6_chunked, s6])
+@pytest.mark.parametrize("chunk", [64, 256])
+def test_s6(chunk, form):
+    torch.manual_seed(0)
+    x, B, C = (torch.randn(1, 256, size) for size in (8, 4, 4))
+    dt = torch.tensor([20.0, 0.01]).repeat(128)[None, :, None].expand(1, 256, 8)
+    args = (x, dt, torch.tensor([0.1, 1.0, 4.0, 16.0]).log().expand(8, 4), B, C)
+    exact = s6_naive(*(z.double() for z in args), chunk_size=chunk)
+    assert worst(form(*args, chunk_size=chunk), exact) < 1e-5

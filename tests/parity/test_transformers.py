@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import pytest
 from cases import VOCAB, draw_tokens
-from transformers import BambaConfig, LlamaConfig, Mamba2Config, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    BambaConfig,
+    LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from twins import convert_and_compare
 
 ATTENTION = {
@@ -100,6 +108,18 @@ def test_qwen3_with_layers_of_both_kinds_by_turns():
 def test_qwen3_normalises_queries_and_keys():
     ours = convert_and_compare(Qwen3Config(**ATTENTION, num_key_value_heads=2, head_dim=6))
     assert ours.config.qk_norm
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": False, "conv_kernel": 3}, {"time_step_rank": 5, "expand": 1, "state_size": 1}],
+)
+def test_mamba_is_mamba(changes):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "state_size": 6, "pad_token_id": None}
+    ours = convert_and_compare(MambaConfig(**sizes | changes))
+    assert ours.config.kinds == ("ssm", "ssm")
+    assert ours.config.ssm_dt_rank == changes.get("time_step_rank", 2)
+    assert ours.config.intermediate_size == 0
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])

@@ -28,7 +28,7 @@ from bmojo.nn.mixer import Trace
 from bmojo.presets import PRESETS
 
 
-@pytest.mark.parametrize("family", ["attention", "full attention", "ssd", "gdn", "bmojo without slots"])
+@pytest.mark.parametrize("family", ["attention", "full attention", "ssd", "gdn", "s6", "bmojo without slots"])
 @given(data=st.data())
 def test_a_chunk_that_no_memory_counts_in_does_not_matter(family, data):
     """Eidetic sets and summaries are refreshed once a chunk; for all else a chunk is but a way of computing."""
@@ -145,7 +145,11 @@ def test_gradient_checkpointing_gives_the_same_loss_gradients_and_notes(family, 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_prime_lengths_and_those_beside_chunk_and_window(preset):
     """Values and gradients of one call are those of any two."""
-    config = small_preset(preset, window=12) if preset not in ("transformer", "mamba2", "gdn") else small_preset(preset)
+    config = (
+        small_preset(preset, window=12)
+        if preset not in ("transformer", "mamba", "mamba2", "gdn")
+        else small_preset(preset)
+    )
     model = make_model(config)
     for time in (1, 2, 3, 4, 5, 7, 11, 12, 13, 17, 23, 24, 25, 29, 31, 37):
         tokens = draw_tokens(2, time, time)

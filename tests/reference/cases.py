@@ -18,7 +18,7 @@ from bmojo.nn.model import BMojoLM
 EXACT = 1e-10
 VOCAB = 13
 # the families of layers; an innovation stands for a bmojo layer that has it
-FAMILIES = ("attention", "full attention", "ssd", "gdn", "bmojo without slots", *INNOVATIONS)
+FAMILIES = ("attention", "full attention", "ssd", "gdn", "s6", "bmojo without slots", *INNOVATIONS)
 
 
 @st.composite
@@ -43,10 +43,11 @@ def configs(draw: st.DrawFn, family: str, layers: int = 2) -> ModelConfig:
         "qk_norm": of(False, True),
         "conv_size": of(0, 3, 1, 4),
         "rope_theta": of(10000.0, 100.0),
-        "ssm": of("ssd", "gdn"),
+        "ssm": of("ssd", "gdn", "s6"),
         "ssm_expand": expand,
         "ssm_head_dim": ssm_head_dim,
         "ssm_state_size": of(3, 1, 4),
+        "ssm_dt_rank": of(0, 3),
         "ssm_groups": of(*(g for g in (1, 2, ssm_heads) if ssm_heads % g == 0)),
         "ssm_conv": of(4, 1, 2),
         "ssm_norm_eps": of(None, 1e-3),
@@ -56,7 +57,7 @@ def configs(draw: st.DrawFn, family: str, layers: int = 2) -> ModelConfig:
             fields["pattern"] = ("attention",)
         case "full attention":
             fields |= {"pattern": of(("attention",), ("ssm", "attention"))[-layers:], "window": None}
-        case "ssd" | "gdn":
+        case "ssd" | "gdn" | "s6":
             fields |= {"pattern": of(("ssm",), ("attention", "ssm"))[-layers:], "ssm": family}
         case _:
             fields |= {
@@ -98,7 +99,7 @@ def simplest(family: str, **changes: Any) -> ModelConfig:
     match family:
         case "attention" | "full attention":
             fields |= {"pattern": ("attention",), "window": 4 if family == "attention" else None}
-        case "ssd" | "gdn":
+        case "ssd" | "gdn" | "s6":
             fields |= {"pattern": ("ssm",), "ssm": family}
         case _:
             slots = 0 if family == "bmojo without slots" else 3

@@ -119,6 +119,25 @@ def gated_delta(config, w: dict[str, Array], u: Array) -> tuple[Array, Array]:
     return np.array(ys), np.array(errors)
 
 
+def s6(config, w: dict[str, Array], u: Array) -> tuple[Array, Array]:
+    N, rank = config.ssm_state_size, config.ssm_dt_rank
+    x, z = np.split(u @ w["in_proj.weight"].T, 2, axis=1)
+    x = silu(causal_conv(x, w["conv.weight"], w["conv.bias"]))
+    low, B, C = np.split(x @ w["x_proj.weight"].T, [rank, rank + N], axis=1)
+    h = np.zeros((x.shape[1], N))
+    ys, errors = [], []
+    for t in range(len(u)):
+        predicted = h @ B[t] / (B[t] @ B[t])
+        errors.append(np.sum((x[t] - predicted) ** 2) / np.sum(x[t] ** 2))
+        y = np.zeros(x.shape[1])
+        for d in range(x.shape[1]):
+            step = softplus(w["dt_proj.weight"][d] @ low[t] + w["dt_bias"][d])
+            h[d] = np.exp(-step * np.exp(w["A_log"][d])) * h[d] + step * B[t] * x[t, d]
+            y[d] = C[t] @ h[d] + w["D"][d] * x[t, d]
+        ys.append(w["out_proj.weight"] @ (y * silu(z[t])))
+    return np.array(ys), np.array(errors)
+
+
 def rls(config, k: Array) -> Array:
     """Kalman leverage of unit vectors k [T, r], by inverting the precision for every token."""
     g, chunk, scores = config.innovation_forgetting, config.chunk_size, []
@@ -177,7 +196,7 @@ def literal_mixer(mixer: Mixer, x: Array) -> Reading:
     y = state_error = None
     if "ssm.in_proj.weight" in w:
         own = {name.removeprefix("ssm."): z for name, z in w.items() if name.startswith("ssm.")}
-        y, state_error = (ssd if config.ssm == "ssd" else gated_delta)(config, own, x)
+        y, state_error = {"ssd": ssd, "gdn": gated_delta, "s6": s6}[config.ssm](config, own, x)
     if kind == "ssm":
         assert y is not None
         return Reading(y)

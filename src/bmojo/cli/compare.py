@@ -21,7 +21,7 @@ FOLDER = Path("runs/compare")
 
 
 def compare(
-    models: Annotated[str, typer.Option(help="Presets, separated by commas.")] = ",".join(presets.PRESETS),
+    models: Annotated[str, typer.Option(help="Presets, separated by commas.")] = ",".join(presets.COMPARED),
     suite: Annotated[str, typer.Option(help="'text', 'recall', or both separated by a comma.")] = "text,recall",
     profile: Annotated[
         str, typer.Option(help="'quick' (within 15 minutes on 2 cores), 'small' (about 2 hours), 'full' (GPUs).")

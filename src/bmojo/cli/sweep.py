@@ -22,7 +22,7 @@ Values = list[str] | None
 
 def sweep(
     task: Annotated[str, typer.Argument(help="mqar, in_context_recall, selective_copying, needle, ...")],
-    models: Annotated[str, typer.Option(help="Presets, separated by commas.")] = ",".join(presets.PRESETS),
+    models: Annotated[str, typer.Option(help="Presets, separated by commas.")] = ",".join(presets.COMPARED),
     size: Size = "tiny",
     settings: Annotated[
         Values,

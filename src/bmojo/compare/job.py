@@ -79,7 +79,7 @@ class Job:
 
     folder: Path
     profile: str = "quick"
-    models: tuple[str, ...] = tuple(presets.PRESETS)
+    models: tuple[str, ...] = presets.COMPARED
     suites: tuple[str, ...] = SUITES
     text: str = "stdlib"
     errors: str = "strict"

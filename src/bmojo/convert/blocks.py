@@ -52,6 +52,14 @@ def mamba2(config: ModelConfig, theirs: str) -> Iterator[Rule]:
         yield same(f"ssm.{name}", f"{theirs}.{name}")
 
 
+def mamba(config: ModelConfig, theirs: str) -> Iterator[Rule]:
+    yield Rule("ssm.conv.weight", ((f"{theirs}.conv1d.weight", (config.ssm_size, 1, config.ssm_conv)),))
+    yield same("ssm.conv.bias", f"{theirs}.conv1d.bias")
+    yield same("ssm.dt_bias", f"{theirs}.dt_proj.bias")
+    for name in ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "A_log", "D", "out_proj.weight"):
+        yield same(f"ssm.{name}", f"{theirs}.{name}")
+
+
 def rope_theta(reading: Reading, partial_rotary_factor: float = 1.0) -> float:
     """The base of plain rotary positions; every scaling is refused. Both spellings are read: `rope_parameters`, and
     `rope_theta` with `rope_scaling`."""

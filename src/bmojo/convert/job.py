@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bmojo.config import ModelConfig
-from bmojo.convert import attention, bamba, bmojo_f, mamba2
+from bmojo.convert import attention, bamba, bmojo_f, mamba, mamba2
 from bmojo.convert.mapping import (
     ConversionError,
     Format,
@@ -45,7 +45,7 @@ from bmojo.nn.model import BMojoLM
 Opened = tuple[ModelConfig, Callable[[], dict[str, Tensor]]]
 OURS = "bmojo"
 FORMATS: dict[str, Format] = {
-    format.name: format for format in (*attention.FORMATS, *mamba2.FORMATS, *bamba.FORMATS, *bmojo_f.FORMATS)
+    format.name: format for family in (attention, mamba, mamba2, bamba, bmojo_f) for format in family.FORMATS
 }
 
 

@@ -3,7 +3,7 @@
 | tensor | shape of a row | what it is |
 | --- | --- | --- |
 | `position`, `document` | - | tokens read of the current document; its id, -1 if never told |
-| `ssm` | [heads, state_size, head_dim] | recurrent state of the SSM |
+| `ssm` | [heads, state_size, head_dim]; s6: [state_size, channels] | recurrent state of the SSM |
 | `ssm_conv`, `conv` | [size - 1, channels] | the last inputs of the SSM's convolution, and of the keys' |
 | `k`, `v` | [window, kv_heads, head_dim] | the window, a ring (p at p % window); without one a cache that grows |
 | `fading_k`, `fading_v` | [entries, kv_heads, head_dim] | the fading tokens, a ring |
@@ -39,7 +39,7 @@ class Entry:
 
 def ssm_channels(config: ModelConfig) -> int:
     """Channels of the SSM's convolution."""
-    return config.ssm_size + 2 * config.ssm_groups * config.ssm_state_size
+    return config.ssm_size + (0 if config.ssm == "s6" else 2 * config.ssm_groups * config.ssm_state_size)
 
 
 def fading_entries(config: ModelConfig) -> int:
@@ -57,7 +57,8 @@ def layer_spec(config: ModelConfig, kind: str, context: int = 0) -> dict[str, En
     has = config.parts(kind)
     spec = {"position": Entry((), "integer"), "document": Entry((), "integer")}
     if has.ssm:
-        spec["ssm"] = Entry((config.ssm_heads, config.ssm_state_size, config.ssm_head_dim), "exact")
+        heads = (config.ssm_heads, config.ssm_state_size, config.ssm_head_dim)
+        spec["ssm"] = Entry((config.ssm_state_size, config.ssm_size) if config.ssm == "s6" else heads, "exact")
         spec["ssm_conv"] = Entry((config.ssm_conv - 1, ssm_channels(config)), "verbatim")
     if not has.attention:
         return spec

@@ -15,6 +15,12 @@ def ssm_parameters(config: ModelConfig) -> int:
     hidden, size, heads = config.hidden_size, config.ssm_size, config.ssm_heads
     shared = config.ssm_groups * config.ssm_state_size
     channels = ssm_channels(config)
+    if config.ssm == "s6":
+        selects = (
+            size * (config.ssm_dt_rank + 2 * config.ssm_state_size) + (config.ssm_dt_rank + 1) * size
+        )  # B, C and steps
+        own = channels * (config.ssm_conv + 1) + size * (config.ssm_state_size + 1)  # convolution, A_log and D
+        return 3 * hidden * size + selects + own
     if config.ssm == "ssd":
         return (
             hidden * (2 * size + 2 * shared + heads)
@@ -64,7 +70,10 @@ def layer_flops(config: ModelConfig, kind: str, context: int) -> int:
     hidden, chunk, size = config.hidden_size, config.chunk_size, config.head_dim
     has = config.parts(kind)
     multiply_adds = 3 * hidden * config.intermediate_size
-    if has.ssm:
+    if has.ssm and config.ssm == "s6":
+        multiply_adds += config.ssm_size * (3 * hidden + 2 * config.ssm_dt_rank + 2 * config.ssm_state_size)
+        multiply_adds += 4 * config.ssm_size * config.ssm_state_size  # the scan: exponent, decay, write and read
+    elif has.ssm:
         shared, extra = config.ssm_groups * config.ssm_state_size, config.ssm_heads * (1 if config.ssm == "ssd" else 2)
         multiply_adds += hidden * (3 * config.ssm_size + 2 * shared + extra)
         within = min(chunk, context + 1)

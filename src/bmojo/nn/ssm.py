@@ -1,9 +1,10 @@
 """The fading memory: input-dependent state-space models, x [B, L, D] -> fading tokens y [B, L, D].
 
 Each SSM works on a laid-out sequence (`forward`) or on one token (`step`), with its state in a dict of tensors:
-`ssm` [B, heads, state_size, head_dim], float32; `ssm_conv` [B, ssm_conv - 1, channels], the inputs of the convolution.
+`ssm` [B, heads, state_size, head_dim] (s6: [B, state_size, channels]), float32; `ssm_conv` [B, ssm_conv - 1, channels],
+the inputs of the convolution.
 `predict=True` also returns, detached, what the state before each token predicted of it: (value, prediction), both
-[B, L, heads, head_dim].
+[B, L, heads, head_dim], where all channels of s6, which share B and C, are one head.
 Shape suffixes: B batch, L slots, H heads, G groups, N state size, P head dim.
 """
 
@@ -20,6 +21,7 @@ from bmojo.memory.layout import Layout
 from bmojo.nn.init import CausalConv, Linear, Output, RMSNorm
 from bmojo.ops.gated_delta import gated_delta, gated_delta_step
 from bmojo.ops.numerics import at_least_float32, repeat_groups
+from bmojo.ops.s6 import s6, s6_step
 from bmojo.ops.ssd import ssd, ssd_step
 
 State = dict[str, Tensor]
@@ -27,23 +29,26 @@ Prediction = tuple[Tensor, Tensor] | None
 
 
 class FadingMemory(nn.Module):
-    """What both SSMs share: the convolution with its tail, and the decay parameters.
+    """What the SSMs share: the convolution with its tail, and the decay parameters.
 
-    `A_log` is the log of decay rates drawn from [1, 16]; `dt_bias` the inverse softplus of steps log-uniform in
-    [1e-3, 1e-1] (Gu and Dao 2023).
+    `A_log`, of shape `decays`, is the log of decay rates drawn from [1, 16]; `dt_bias`, as long as its first dimension,
+    the inverse softplus of steps log-uniform in [1e-3, 1e-1] (Gu and Dao 2023).
     """
 
     no_decay: tuple[str, ...] = ("A_log", "dt_bias")
 
-    def __init__(self, config: ModelConfig, channels: int, *, conv_bias: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, channels: int, *, conv_bias: bool, decays: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__()
         self.heads, self.head_dim = config.ssm_heads, config.ssm_head_dim
         self.groups, self.state_size = config.ssm_groups, config.ssm_state_size
         self.size, self.chunk_size = config.ssm_size, config.chunk_size
         self.norm_eps = config.norm_eps if config.ssm_norm_eps is None else config.ssm_norm_eps
         self.conv = CausalConv(channels, config.ssm_conv, bias=conv_bias)
-        self.dt_bias = nn.Parameter(torch.empty(self.heads))
-        self.A_log = nn.Parameter(torch.empty(self.heads))
+        decays = (self.heads,) if decays is None else decays
+        self.dt_bias = nn.Parameter(torch.empty(decays[0]))
+        self.A_log = nn.Parameter(torch.empty(decays))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -111,8 +116,7 @@ class SSD(FadingMemory):
         prediction = None
         if predict:
             with torch.no_grad():
-                unit = B / B.square().sum(-1, keepdim=True).clamp(min=torch.finfo(B.dtype).tiny)
-                prediction = x, ssd(x, dt, self.A_log, B, unit, exclusive=True, **options)[0]
+                prediction = x, ssd(x, dt, self.A_log, B, _dual(B), exclusive=True, **options)[0]
         return self._output(scanned, x, z), {"ssm": final, "ssm_conv": tail}, prediction
 
     def step(self, u: Tensor, state: State, *, predict: bool = False) -> tuple[Tensor, State, Prediction]:
@@ -121,7 +125,7 @@ class SSD(FadingMemory):
         x, B, C = self._split(xBC)
         prediction = None
         if predict:
-            unit = repeat_groups(B / B.square().sum(-1, keepdim=True).clamp(min=torch.finfo(B.dtype).tiny), self.heads)
+            unit = repeat_groups(_dual(B), self.heads)
             prediction = x.detach(), (at_least_float32(unit)[..., None, :] @ state["ssm"]).squeeze(-2).detach()
         scanned, h = ssd_step(x, dt, self.A_log, B, C, state=state["ssm"])
         return self._output(scanned, x, z), {"ssm": h, "ssm_conv": tail}, prediction
@@ -191,5 +195,74 @@ class GatedDeltaNet(FadingMemory):
         return self._output(o, z), {"ssm": S, "ssm_conv": tail}, prediction
 
 
-def make_ssm(config: ModelConfig) -> SSD | GatedDeltaNet:
-    return SSD(config) if config.ssm == "ssd" else GatedDeltaNet(config)
+class S6(FadingMemory):
+    """Mamba-1: [x, z] = W_in u; x through a short convolution and SiLU; [r, B, C] = W_x x, r of `ssm_dt_rank` numbers;
+    dt = softplus(W_dt r + dt_bias); the scan of `ops.s6`; y = W_out ((scan + D x) * SiLU(z)).
+
+    The rates exp(A_log) of a channel start at 1 ... state_size.  Source: Gu and Dao 2023, arXiv 2312.00752."""
+
+    no_decay = ("A_log", "dt_bias", "D")
+
+    def __init__(self, config: ModelConfig) -> None:
+        size, state_size, rank = config.ssm_size, config.ssm_state_size, config.ssm_dt_rank
+        super().__init__(config, size, conv_bias=True, decays=(size, state_size))
+        self.parts = (rank, state_size, state_size)
+        std = config.initializer_range
+        self.in_proj = Linear(config.hidden_size, 2 * size, std)
+        self.x_proj = Linear(size, sum(self.parts), std)
+        self.dt_proj = Linear(rank, size, (3 * rank) ** -0.5)  # as wide as Mamba's uniform draw from +-rank^-1/2
+        self.D = nn.Parameter(torch.empty(size))
+        self.out_proj = Output(size, config.hidden_size, std)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.A_log.copy_(torch.arange(1, self.state_size + 1).log())
+        self.D.fill_(1)
+
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, B, C = self.x_proj(x).split(self.parts, -1)
+        return F.softplus(at_least_float32(self.dt_proj(low)) + self.dt_bias), B, C
+
+    def _output(self, scanned: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        return self.out_proj((scanned + self.D * x).to(z.dtype) * F.silu(z))
+
+    def forward(
+        self, u: Tensor, state: State | None, layout: Layout, *, predict: bool = False
+    ) -> tuple[Tensor, State, Prediction]:
+        x, z = self.in_proj(u).chunk(2, -1)
+        x, tail = self._convolve(x, state, layout)
+        dt, B, C = self._select(x)
+        dt = dt * layout.valid[..., None].to(dt.dtype)
+        h = None if state is None else state["ssm"]
+        options = {"chunk_size": self.chunk_size, "state": h, "resets": layout.resets}
+        scanned, final = s6(x, dt, self.A_log, B, C, **options)
+        prediction = None
+        if predict:
+            with torch.no_grad():
+                read = s6(x, dt, self.A_log, B, _dual(B), exclusive=True, **options)[0]
+                prediction = x[..., None, :], read[..., None, :]
+        return self._output(scanned, x, z), {"ssm": final, "ssm_conv": tail}, prediction
+
+    def step(self, u: Tensor, state: State, *, predict: bool = False) -> tuple[Tensor, State, Prediction]:
+        x, z = self.in_proj(u).chunk(2, -1)
+        x, tail = self._convolve_step(x, state)
+        dt, B, C = self._select(x)
+        prediction = None
+        if predict:
+            prediction = x[:, None].detach(), (at_least_float32(_dual(B))[:, None] @ state["ssm"]).detach()
+        scanned, h = s6_step(x, dt, self.A_log, B, C, state=state["ssm"])
+        return self._output(scanned, x, z), {"ssm": h, "ssm_conv": tail}, prediction
+
+
+def _dual(B: Tensor) -> Tensor:
+    """B / |B|^2: read with it, a state that holds B x^T alone gives x."""
+    return B / B.square().sum(-1, keepdim=True).clamp(min=torch.finfo(B.dtype).tiny)
+
+
+SSMS: dict[str, type[SSD | GatedDeltaNet | S6]] = {"ssd": SSD, "gdn": GatedDeltaNet, "s6": S6}
+
+
+def make_ssm(config: ModelConfig) -> SSD | GatedDeltaNet | S6:
+    return SSMS[config.ssm](config)

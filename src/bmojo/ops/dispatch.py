@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bmojo.errors import ConfigError, nearest
 
@@ -45,9 +46,10 @@ def dispatched(
 ) -> Callable[..., Any]:
     """One callable for an op's forms, which share a signature.
 
-    `fused` names kernels as "module:function" by type of device. The module is imported at the first call; if it raises
-    ImportError (a package, a compiler or a driver is missing) that is warned of once, and the chunked form runs.
-    A kernel hands arguments that it is not made for, such as float64, to the chunked form itself.
+    `fused` names kernels as "module:function" by type of device. The module is imported at the first call, or when a
+    compiler traces that call; if it raises ImportError (a package, a compiler or a driver is missing) that is warned of
+    once, and the chunked form runs. A kernel hands arguments that it is not made for, such as float64, to the chunked
+    form itself.
     """
     kernels = dict(fused or {})
 
@@ -55,15 +57,21 @@ def dispatched(
     def op(*args: Any, **kwargs: Any) -> Any:
         if _backend == "naive":
             return naive(*args, **kwargs)
-        path = kernels.get(args[0].device.type) if kernels and _backend == "fused" else None
-        if path is None:
+        if not kernels or _backend != "fused":
             return chunked(*args, **kwargs)
-        if path not in _kernels and not torch.compiler.is_compiling():
-            _kernels[path] = _load(path)
-        form = _kernels.get(path) or chunked
-        return form(*args, **kwargs)
+        first: Tensor = next(iter((*args, *kwargs.values())))
+        path = kernels.get(first.device.type)
+        kernel = _kernels[path] if path is not None and _is_here(path) else None
+        return (kernel or chunked)(*args, **kwargs)
 
     return op
+
+
+@torch.compiler.assume_constant_result  # a compiler runs it while it traces
+def _is_here(path: str) -> bool:
+    if path not in _kernels:
+        _kernels[path] = _load(path)
+    return _kernels[path] is not None
 
 
 def _load(path: str) -> Callable[..., Any] | None:
@@ -71,7 +79,7 @@ def _load(path: str) -> Callable[..., Any] | None:
     try:
         kernel = getattr(importlib.import_module(module), name)
     except ImportError as error:
-        warnings.warn(f"no fused {name}, the chunked form runs, which is slower: {error}", stacklevel=3)
+        warnings.warn(f"no fused {name}, the chunked form runs, which is slower: {error}", stacklevel=4)
         return None
     _log.info("%s runs in %s", name, module)
     return kernel

@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,15 +20,22 @@
 namespace {
 
 using at::Tensor;
-constexpr int64_t LANES = 16, VECTORS = 4, TILE = LANES * VECTORS, SPAN = 32;
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+constexpr int64_t VECTORS = 4, TILE = LANES * VECTORS, SPAN = 32;
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
-// 2^z for z <= 0, within 1.5 units in the last place; exactly 1 at 0, and 2^-126 in place of anything smaller.
+// 2^z for z <= 0, within 1 unit in the last place; exactly 1 at 0, and 2^-126 in place of anything smaller.
 inline Vec exp2_of_negative(Vec z) {
   const Vec shift = Vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, kept in the low bits
   const Vec least = Vec{} - 126.0f;
-  z = z > least ? z : least;
+  z = z < least ? least : z;  // so that NaN stays NaN
   const Vec whole = z + shift;
   const Vec r = z - (whole - shift);  // in [-1/2, 1/2]
   Vec p = r * 0.00015353361959569156f + 0.0013398873852565885f;
@@ -39,19 +47,31 @@ inline Vec exp2_of_negative(Vec z) {
   return (Vec)((Ints)p + ((Ints)whole << 23));
 }
 
+// the sum over lanes, by halves
 inline float sum(Vec v) {
-  float total = 0;
-  for (int64_t i = 0; i < LANES; ++i) total += v[i];
-  return total;
+  float part[LANES];
+  std::memcpy(part, &v, sizeof v);
+  for (int64_t width = LANES / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i) part[i] += part[i + width];
+  return part[0];
 }
 
-struct Tile {  // up to TILE channels of a row; those beyond the last one are zero
+// Up to TILE channels of a row; those beyond the last one are zero. A whole tile moves in copies of known size: bytes
+// copied one way and read another wait for one another in the processor, which costs more than the scan.
+struct Tile {
   Vec v[VECTORS];
   void load(const float* from, int64_t count) {
-    if (count < TILE) std::memset(v, 0, sizeof v);
+    if (count == TILE) {
+      std::memcpy(v, from, sizeof v);
+      return;
+    }
+    std::memset(v, 0, sizeof v);
     std::memcpy(v, from, sizeof(float) * count);
   }
-  void store(float* to, int64_t count) const { std::memcpy(to, v, sizeof(float) * count); }
+  void store(float* to, int64_t count) const {
+    if (count == TILE) std::memcpy(to, v, sizeof v);
+    else std::memcpy(to, v, sizeof(float) * count);
+  }
 };
 
 struct Sizes {
@@ -67,6 +87,20 @@ struct Sizes {
   int64_t width(int64_t tile) const { return std::min(TILE, channels - tile * TILE); }
   int64_t row(int64_t b, int64_t t, int64_t tile) const { return (b * time + t) * channels + tile * TILE; }
 };
+
+void check(const Tensor& z, at::IntArrayRef sizes) {
+  TORCH_CHECK(z.sizes() == sizes && z.is_contiguous(), "s6: expected a contiguous tensor of ", sizes, ", got ", z.sizes());
+}
+
+void check(const Sizes& s, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
+           const std::optional<Tensor>& resets) {
+  check(x, {s.batch, s.time, s.channels});
+  check(dt, {s.batch, s.time, s.channels});
+  check(A, {s.states, s.channels});
+  check(B, {s.batch, s.time, s.states});
+  check(C, {s.batch, s.time, s.states});
+  if (resets) check(*resets, {s.batch, s.time / s.chunk});
+}
 
 void load_states(std::vector<Tile>& to, const float* from, const Sizes& s, int64_t tile) {
   for (int64_t n = 0; n < s.states; ++n) to[n].load(from + n * s.channels + tile * TILE, s.width(tile));
@@ -92,6 +126,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     bool keep) {
   const Sizes s(x_, B_, resets_, chunk_size);
   const int64_t N = s.states, block = N * s.channels;
+  check(s, x_, dt_, A_, B_, C_, resets_);
+  if (state_) check(*state_, {s.batch, N, s.channels});
   Tensor y_ = at::empty({s.batch, s.time, s.channels}, x_.options());
   Tensor final_ = at::empty({s.batch, N, s.channels}, x_.options());
   Tensor starts_ = at::empty({s.batch, keep ? s.spans : 0, N, s.channels}, x_.options());
@@ -132,13 +168,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   return {y_, final_, starts_};
 }
 
-// gradients of x, dt, A [batch, state, channels], B and C [tiles, batch, time, state], state: sums over the first
-// dimension of those of A, B and C are left to the caller
+// gradients of x, dt, A, B, C and the state; a task has its own part of those of A, B and C
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dy_, const Tensor& dfinal_, const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_,
     const Tensor& C_, const Tensor& starts_, const std::optional<Tensor>& resets_, int64_t chunk_size) {
   const Sizes s(x_, B_, resets_, chunk_size);
   const int64_t N = s.states, block = N * s.channels;
+  check(s, x_, dt_, A_, B_, C_, resets_);
+  check(dy_, x_.sizes());
+  check(dfinal_, {s.batch, N, s.channels});
+  check(starts_, {s.batch, s.spans, N, s.channels});
   Tensor dx_ = at::empty({s.batch, s.time, s.channels}, x_.options());
   Tensor ddt_ = at::empty({s.batch, s.time, s.channels}, x_.options());
   Tensor dA_ = at::empty({s.batch, N, s.channels}, x_.options());
@@ -154,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   float *dB = dB_.mutable_data_ptr<float>(), *dC = dC_.mutable_data_ptr<float>();
 
   at::parallel_for(0, s.batch * s.tiles, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Tile> h(N), rate(N), log2_rate(N), g(N), drate(N);
+    std::vector<Tile> h(N), rate(N), log2_rate(N), g(N), drate(N), drate_of_span(N);
     std::vector<Tile> decay(SPAN * N), kept(SPAN * N);  // of every step: exp(dt A), and exp(dt A) h_{t-1}
     Tile xs[SPAN], dts[SPAN], written[SPAN];            // written: dt x
     for (int64_t task = begin; task < end; ++task) {
@@ -167,6 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       for (int64_t span = s.spans - 1; span >= 0; --span) {
         const int64_t first = span * SPAN, steps = std::min(SPAN, s.time - first);
         load_states(h, starts + (b * s.spans + span) * block, s, tile);
+        clear(drate_of_span);  // sums of sums: one long sum loses digits
         for (int64_t i = 0; i < steps; ++i) {
           const int64_t t = first + i;
           xs[i].load(x + s.row(b, t, tile), width);
@@ -196,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
               sum_B += dh * written[i].v[j];
               dwritten.v[j] += dh * Bt[n];
               ddts.v[j] += dp * rate[n].v[j];
-              drate[n].v[j] += dp * dts[i].v[j];
+              drate_of_span[n].v[j] += dp * dts[i].v[j];
               g[n].v[j] = dh * decay[i * N + n].v[j];
             }
             dBt[n] = sum(sum_B);
@@ -210,12 +250,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
           ddts.store(ddt + s.row(b, t, tile), width);
           if (s.reset(b, t)) clear(g);
         }
+        for (int64_t n = 0; n < N; ++n)
+          for (int64_t j = 0; j < VECTORS; ++j) drate[n].v[j] += drate_of_span[n].v[j];
       }
       store_states(drate, dA + b * block, s, tile);
       store_states(g, dstate + b * block, s, tile);
     }
   });
-  return {dx_, ddt_, dA_, dB_, dC_, dstate_};
+  return {dx_, ddt_, at::sum(dA_, 0), at::sum(dB_, 0), at::sum(dC_, 0), dstate_};
 }
 
 }  // namespace

@@ -124,7 +124,7 @@ class Sweep:
     """
 
     task: str
-    models: tuple[str, ...] = tuple(presets.PRESETS)
+    models: tuple[str, ...] = presets.COMPARED
     size: str = "tiny"
     axes: tuple[Axis, ...] = ()
     state_bytes: tuple[int, ...] = ()
@@ -270,7 +270,7 @@ def _config(model: str, size: str, changes: Changes) -> tuple[ModelConfig, Chang
     if "pattern" not in changes:
         foreign |= {"eidetic_slots"} if model != "bmojo" else set()
         foreign |= {"fading_span"} if model not in ("bmojo", "bmojo_f") else set()
-        foreign |= {"window"} if model in ("transformer", "mamba2", "gdn") else set()
+        foreign |= {"window"} if model in ("transformer", "mamba", "mamba2", "gdn") else set()
     kept = {name: value for name, value in changes.items() if name not in foreign}
     idle = presets.matched(model, size, **kept).unused
     kept = {name: value for name, value in kept.items() if name not in idle}
