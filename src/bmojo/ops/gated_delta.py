@@ -89,4 +89,6 @@ def gated_delta_chunked(
     return torch.stack(outputs, 1).transpose(2, 3).reshape(batch, time, heads, head_dim), S
 
 
-gated_delta = dispatched(chunked=gated_delta_chunked, naive=gated_delta_naive)
+gated_delta = dispatched(
+    chunked=gated_delta_chunked, naive=gated_delta_naive, fused={"cuda": "bmojo.ops.fla:gated_delta"}
+)
