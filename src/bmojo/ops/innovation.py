@@ -138,7 +138,8 @@ def ema_step(x: Tensor, mean: Tensor, *, forgetting: float) -> tuple[Tensor, Ten
 
 def _log_rate(forgetting: float, like: Tensor) -> Tensor:
     """A_log [1] of a scan that forgets so: log(-log g); -inf, no decay, for g = 1."""
-    return like.new_tensor([-math.log(forgetting)]).log()
+    rate = -math.log(forgetting)
+    return like.new_full((1,), math.log(rate) if rate > 0 else -math.inf)
 
 
 def cosine_distance(x: Tensor, past: Tensor) -> Tensor:
