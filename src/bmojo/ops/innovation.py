@@ -49,16 +49,24 @@ def _prior(A: Tensor, forgetting: float) -> Tensor:
     return forgetting * A + torch.diag_embed(rho[:, None].expand(-1, A.shape[-1]))
 
 
+def leverage_score(k: Tensor, M: Tensor) -> Tensor:
+    """The score [batch] of a token k [batch, dim] after what M [batch, dim, dim] holds, both float32 or better."""
+    leverage = (k * torch.cholesky_solve(k[..., None], _factor(M)).squeeze(-1)).sum(-1)
+    return leverage / (1 + leverage)
+
+
+_score = dispatched(chunked=leverage_score, naive=leverage_score, fused={"cuda": "bmojo.ops.triton_rls:leverage_score"})
+
+
 @exact
 def rls_step(
     k: Tensor, A: Tensor, M: Tensor, ends_chunk: Tensor, *, forgetting: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One token k [batch, dim]; `ends_chunk` [batch] bool. Returns score [batch], A, M."""
     k = at_least_float32(k)
-    leverage = (k * torch.cholesky_solve(k[..., None], _factor(M)).squeeze(-1)).sum(-1)
     outer = k[..., :, None] * k[..., None, :]
-    A = forgetting * A + outer
-    return leverage / (1 + leverage), A, torch.where(ends_chunk[:, None, None], _prior(A, forgetting), M + outer)
+    score, A = _score(k, M), forgetting * A + outer
+    return score, A, torch.where(ends_chunk[:, None, None], _prior(A, forgetting), M + outer)
 
 
 @exact

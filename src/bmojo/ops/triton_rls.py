@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bmojo.ops.innovation import RLS_CONDITION, RLS_RIDGE, rls_chunked
+from bmojo.ops import innovation
 from bmojo.ops.numerics import exact
 
 LARGEST = 128  # dimensions that fit the registers
@@ -82,7 +82,7 @@ def rls(
     """See `bmojo.ops.innovation.rls_chunked`; float64 and more than 128 dimensions take that form."""
     batch, time, dim = k.shape
     if torch.float64 in (k.dtype, A.dtype) or dim > LARGEST:
-        return rls_chunked(k, valid, A, M, chunk_size=chunk_size, forgetting=forgetting, resets=resets)
+        return innovation.rls_chunked(k, valid, A, M, chunk_size=chunk_size, forgetting=forgetting, resets=resets)
     chunks = time // chunk_size
     alive = valid.view(batch, chunks, chunk_size)
     K = (k.float() * valid[..., None]).view(batch, chunks, chunk_size, dim)
@@ -93,10 +93,24 @@ def rls(
     starts, scores = torch.empty_like(within), torch.empty_like(K[..., 0])
     A_out, M_out = torch.empty_like(within[:, 0]), torch.empty_like(within[:, 0])
     flags = [z.to(torch.int32).contiguous() for z in (fresh, alive[..., -1])]
-    size: dict[str, Any] = {"SIZE": triton.next_power_of_2(dim), "num_warps": 8 if dim > 64 else 4}
+    size = _size(dim)
     _starts[(batch,)](
         within.contiguous(), (K.mT @ K).contiguous(), shrink, *flags, A.contiguous(), M.contiguous(),
-        starts, A_out, M_out, chunks, dim, forgetting, RLS_RIDGE, RLS_CONDITION, **size,
+        starts, A_out, M_out, chunks, dim, forgetting, innovation.RLS_RIDGE, innovation.RLS_CONDITION, **size,
     )  # fmt: skip
     _leverages[(batch * chunks,)](starts, K, scores, chunk_size, dim, **size)
     return scores.view(batch, time), A_out, M_out
+
+
+def leverage_score(k: Tensor, M: Tensor) -> Tensor:
+    """See `bmojo.ops.innovation.leverage_score`. Unlike a factorisation, it can be part of a CUDA graph."""
+    batch, dim = k.shape
+    if torch.float64 in (k.dtype, M.dtype) or dim > LARGEST:
+        return innovation.leverage_score(k, M)
+    score = k.new_empty(batch)
+    _leverages[(batch,)](M.contiguous(), k.contiguous(), score, 1, dim, **_size(dim))
+    return score
+
+
+def _size(dim: int) -> dict[str, Any]:
+    return {"SIZE": triton.next_power_of_2(dim), "num_warps": 8 if dim > 64 else 4}
