@@ -8,7 +8,7 @@ from cases import close, draw_tokens, make_model, small_preset
 from reading import CALLS, CHUNK, PACKED, PADDED, TIME, WINDOW, drawn
 from torch.nn.attention import flex_attention as torch_flex
 
-from bmojo.memory import flex
+from bmojo.memory import flex, read_cpu
 from bmojo.memory.read import key_spans, read_chunked, read_naive, slot_spans
 from bmojo.nn import mixer as mixer_module
 from bmojo.nn.mixer import Trace
@@ -52,14 +52,15 @@ SHAPES = [(1, 4, 2, 3), (CHUNK, 2, 2, 3), (1, 3, 1, 6)]  # stride, heads, groups
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("call", CALLS)
-def test_chunked_equals_naive_forwards_and_backwards(call, shape):
+@pytest.mark.parametrize("form", [read_chunked, read_cpu.read])
+def test_all_forms_equal_naive_forwards_and_backwards(form, call, shape):
     q, sources, slots, layout = drawn(call, *shape)
     leaves = {"q": q, "slot k": slots.k, "slot v": slots.v}
     for i, source in enumerate(sources):
         leaves |= {f"k {i}": source.k, f"v {i}": source.v}
     results = []
-    for form in (read_naive, read_chunked):
-        o, used = form(q, sources, slots, layout, usage=True)
+    for one in (read_naive, form):
+        o, used = one(q, sources, slots, layout, usage=True)
         o = o * layout.valid[..., None, None]
         weight = torch.randn(o.shape, dtype=o.dtype, generator=torch.Generator().manual_seed(1))
         gradients = torch.autograd.grad((o * weight).sum(), list(leaves.values()))

@@ -75,10 +75,10 @@ def run(
 def block_mask(sources: Sequence[Source], slots: Slots | None, layout: Layout) -> BlockMask:
     """The mask of all queries [L] and keys, with the table of the blocks that need looking at."""
     batch = layout.position.shape[0]
-    spans = [_once(layout, ("spans", *s.geometry), partial(_source_spans, s, layout)) for s in sources]
+    spans = [layout.once(("whole spans", *s.geometry), partial(_source_spans, s, layout)) for s in sources]
     each = 0 if slots is None else slots.position.shape[2]
     name = ("blocks", *(s.geometry for s in sources), each)
-    mask = copy.copy(_once(layout, name, partial(_table, spans, each, layout)))
+    mask = copy.copy(layout.once(name, partial(_table, spans, each, layout)))
     if slots is not None:
         own = slot_spans(slots.position, layout, slots.nearest)
         spans = [*spans, _whole_blocks(*(z.flatten(1) for z in own))]
@@ -137,9 +137,3 @@ def _whole_blocks(first: Tensor, last: Tensor) -> Spans:
 def _join(spans: list[Spans], rows: int) -> Spans:
     first, last = (torch.cat([z.expand(rows, -1) for z in part], 1) for part in zip(*spans, strict=True))
     return first, last
-
-
-def _once(layout: Layout, key: tuple, make: Callable):
-    if key not in layout.cache:
-        layout.cache[key] = make()
-    return layout.cache[key]

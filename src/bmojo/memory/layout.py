@@ -17,7 +17,9 @@ Legend of shapes: B batch, T time of the call, L slots, N chunks (L = N * chunk)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,12 +90,15 @@ class Layout:
         y = y.gather(1, self.slot.view(shape).expand(-1, -1, *y.shape[2:]))
         return y if self.mask is None else y.masked_fill(~self.mask.view(shape), 0)
 
-    def rope(self, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        key = ("rope", head_dim, theta, dtype)
+    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` gives: the same for every layer that asks for it under this key."""
         if key not in self.cache:
-            rows = self.position[:1] if self.source is None and not self.continued else self.position
-            self.cache[key] = rope_table(rows, head_dim, theta, dtype)
+            self.cache[key] = make()
         return self.cache[key]
+
+    def rope(self, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        rows = self.position[:1] if self.source is None and not self.continued else self.position
+        return self.once(("rope", head_dim, theta, dtype), lambda: rope_table(rows, head_dim, theta, dtype))
 
     def extend(self, x: Tensor, tail: Tensor | None, lags: int) -> Tensor:
         """[B, L, D] -> [B, lags + L, D]: the values of the `lags` tokens before are put right before the first one."""
@@ -153,8 +158,8 @@ class Layout:
 
     def reachable(self, size: int, stride: int, nearest: int, span: int) -> Tensor:
         """Mask [B or 1, N, chunk, keys] of what `blocks` lays out: positions in (i - nearest - span, i - nearest]."""
-        key = (size, stride, nearest, span)
-        if key not in self.cache:
+
+        def make() -> Tensor:
             position, segment = self.sources(size, stride)
             if self.source is None and not self.continued:
                 position, segment = position[:1], segment[:1]
@@ -163,8 +168,9 @@ class Layout:
             of = blocks(segment, self.chunks, self.chunk // stride, (nearest + span) // stride, nearest // stride)
             at, of = at[:, :, None], of[:, :, None]
             same = of == self.segment[: position.shape[0], :, None, None]
-            self.cache[key] = same & (at <= query - nearest) & (at > query - nearest - span) & (at >= 0)
-        return self.cache[key]
+            return same & (at <= query - nearest) & (at > query - nearest - span) & (at >= 0)
+
+        return self.once(("reachable", size, stride, nearest, span), make)
 
 
 def blocks(x: Tensor, chunks: int, chunk: int, back: int, skip: int = 0) -> Tensor:

@@ -139,4 +139,8 @@ def slot_usage(q: Tensor, slots: Slots, layout: Layout, lse: Tensor) -> Tensor:
     return largest
 
 
-read = dispatched(chunked=read_chunked, naive=read_naive, fused={"cuda": "bmojo.memory.flex:read_flex"})
+read = dispatched(
+    chunked=read_chunked,
+    naive=read_naive,
+    fused={"cpu": "bmojo.memory.read_cpu:read", "cuda": "bmojo.memory.flex:read_flex"},
+)
