@@ -17,7 +17,7 @@ from bmojo.nn.decoder import Decoder
 from bmojo.nn.loss import auxiliary_loss, cross_entropy
 from bmojo.nn.mixer import Trace
 from bmojo.nn.model import BMojoLM
-from bmojo.ops import dispatch, gated_delta, innovation, ssd
+from bmojo.ops import dispatch, gated_delta, innovation, s6, ssd
 from bmojo.ops.dispatch import use_backend
 
 pytestmark = pytest.mark.gpu
@@ -80,6 +80,27 @@ def test_scans_in_bfloat16(op, groups, reset, exclusive):
     assert dispatch._kernels[f"bmojo.ops.fla:{op}"] is not None
     for name, expected in results[0].items():
         assert error(results[1][name], expected) <= BUDGET, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reset", [False, True])
+def test_s6(reset, dtype):
+    resets = (torch.arange(TIME // CHUNK) % 2 == 1).expand(2, -1).to(DEVICE) if reset else None
+    results = []
+    for form, kind in ((s6.s6_naive, torch.float32), (s6.s6, dtype)):
+        generator = torch.Generator().manual_seed(0)
+        x, dt = (torch.randn(2, TIME, 100, generator=generator) for _ in range(2))
+        B, C = (torch.randn(2, TIME, 16, generator=generator).bfloat16().to(DEVICE, kind) for _ in range(2))
+        A_log, state = torch.randn(100, 16, generator=generator), torch.randn(2, 16, 100, generator=generator)
+        args = {"x": x.bfloat16().to(DEVICE, kind), "dt": F.softplus(dt - 2), "A_log": A_log, "B": B, "C": C,
+                "state": state}  # fmt: skip
+        args = {name: z.to(DEVICE).requires_grad_() for name, z in args.items()}
+        y, final = form(**args, chunk_size=CHUNK, resets=resets)
+        (y.sin().sum() + final.sum()).backward()
+        results.append({"y": y, "final": final} | {f"d{name}": z.grad for name, z in args.items()})
+    assert dispatch._kernels["bmojo.ops.triton_s6:s6"] is not None
+    for name, expected in results[0].items():
+        assert error(results[1][name], expected) <= (1e-5 if dtype == torch.float32 else BUDGET), name
 
 
 @pytest.mark.parametrize("dim", [8, 32, 100])
