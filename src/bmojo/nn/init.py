@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bmojo.ops.layers import causal_conv, rms_norm
 from bmojo.ops.numerics import at_least_float32
 
 RESIDUAL_SCALE = 0.1  # see docs/decisions.md
@@ -88,12 +89,12 @@ class RMSNorm(nn.RMSNorm):
         self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = at_least_float32(x)
-        weight = self.weight.to(exact.dtype)
         if self.groups == 1:
-            return F.rms_norm(exact, self.normalized_shape, weight, self.eps).to(x.dtype)
+            return rms_norm(x, self.weight, self.eps)
+        exact = at_least_float32(x)
         parts = exact.unflatten(-1, (self.groups, -1))
-        return (F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2) * weight).to(x.dtype)
+        normed = F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2)
+        return (normed * self.weight.to(exact.dtype)).to(x.dtype)
 
 
 class CausalConv(nn.Module):
@@ -118,14 +119,9 @@ class CausalConv(nn.Module):
     def lags(self) -> int:
         return self.weight.shape[1] - 1
 
-    def forward(self, extended: Tensor, position: Tensor | None = None) -> Tensor:
+    def forward(self, extended: Tensor, position: Tensor | None = None, *, silu: bool = False) -> Tensor:
         """[B, lags + L, channels] -> [B, L, channels]. `position` [B, L]: given where documents are packed."""
-        length = extended.shape[1] - self.lags
-        y = extended[:, self.lags :] * self.weight[:, -1]
-        for lag in range(1, self.lags + 1):
-            part = extended[:, self.lags - lag : self.lags - lag + length] * self.weight[:, -1 - lag]
-            y = y + (part if position is None else part * (position >= lag)[..., None].to(part.dtype))
-        return y if self.bias is None else y + self.bias
+        return causal_conv(extended, self.weight, self.bias, position, silu=silu)
 
 
 class KeyConv(CausalConv):

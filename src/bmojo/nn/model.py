@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from bmojo.memory.step import Step
 from bmojo.nn.init import Embedding, Linear, Output, RMSNorm
 from bmojo.nn.mixer import Mixer, Trace
 from bmojo.nn.ssm import State
+from bmojo.ops.layers import swiglu
 
 
 def shard_names(index: Path) -> list[str]:
@@ -77,8 +77,7 @@ class SwiGLU(nn.Module):
         self.down = Output(config.intermediate_size, config.hidden_size, std)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class Block(nn.Module):

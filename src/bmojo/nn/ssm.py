@@ -53,12 +53,12 @@ class FadingMemory(nn.Module):
 
     def _convolve(self, x: Tensor, state: State | None, layout: Layout) -> tuple[Tensor, Tensor]:
         extended = layout.extend(x, None if state is None else state["ssm_conv"], self.conv.lags)
-        mixed = self.conv(extended, layout.position if layout.packed else None)
-        return F.silu(mixed), layout.tail(extended, self.conv.lags)
+        mixed = self.conv(extended, layout.position if layout.packed else None, silu=True)
+        return mixed, layout.tail(extended, self.conv.lags)
 
     def _convolve_step(self, x: Tensor, state: State) -> tuple[Tensor, Tensor]:
         extended = torch.cat((state["ssm_conv"].to(x.dtype), x[:, None]), 1)
-        return F.silu(self.conv(extended)[:, 0]), extended[:, 1:]
+        return self.conv(extended, silu=True)[:, 0], extended[:, 1:]
 
 
 class SSD(FadingMemory):

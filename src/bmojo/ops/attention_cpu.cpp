@@ -21,56 +21,19 @@
 #include <tuple>
 #include <vector>
 
+#include "vectors_cpu.h"
+
 namespace {
 
 using at::Tensor;
 using at::TensorList;
 constexpr int64_t BLOCK = 32;  // queries
 
-template <typename T>
-struct Lanes {
-  static constexpr int64_t COUNT = 32 / sizeof(T);
-  typedef T Vec __attribute__((vector_size(32)));
-  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Int;
-  typedef Int Ints __attribute__((vector_size(32)));
-};
-
-template <typename T>
-using Vec = typename Lanes<T>::Vec;
-
-template <typename T>
-inline Vec<T> load(const T* from) {
-  Vec<T> v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
-template <typename T>
-inline void store(T* to, Vec<T> v) {
-  std::memcpy(to, &v, sizeof v);
-}
-
-// 2^z for z <= 0, within 1.5 units in the last place; zero below 2^-126
-inline Vec<float> exp2_of_negative(Vec<float> z) {
-  typedef typename Lanes<float>::Ints Ints;
-  const Vec<float> shift = Vec<float>{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds, and leaves the bits below
-  const Vec<float> least = Vec<float>{} - 126.0f;
-  const Ints normal = z >= least;
-  z = normal ? z : least;
-  const Vec<float> whole = z + shift, r = z - (whole - shift);  // r in [-1/2, 1/2]
-  Vec<float> p = r * 0.00015353361959569156f + 0.0013398873852565885f;
-  p = p * r + 0.00961843691766262f;
-  p = p * r + 0.055503323674201965f;
-  p = p * r + 0.24022647738456726f;
-  p = p * r + 0.6931471824645996f;
-  p = p * r + 1.0f;
-  return (Vec<float>)(((Ints)p + ((Ints)whole << 23)) & normal);
-}
-
-inline Vec<double> exp2_of_negative(Vec<double> z) {
-  for (int64_t i = 0; i < Lanes<double>::COUNT; ++i) z[i] = std::exp2(z[i]);
-  return z;
-}
+using bmojo::exp2_of_negative;
+using bmojo::Lanes;
+using bmojo::load;
+using bmojo::store;
+using bmojo::Vec;
 
 // C[m, n] += sum_k A[m, k] B[k, n] for M rows and V vectors of columns; the elements of A lie a_m and a_k apart
 template <typename T, int M, int V>

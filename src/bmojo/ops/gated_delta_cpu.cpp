@@ -106,7 +106,7 @@ void backward_kernel(const Scan& s, const T* go, const T* dlast, const T* q, con
         dot.load(go + at * s.width + first, count);
         for (int64_t j = 0; j < Tile<T>::VECTORS; ++j) u.v[j] = error[i].v[j] * beta[at];
         for (int64_t n = 0; n < s.states; ++n) {
-          typename Tile<T>::Vec sum_q = {}, sum_k = {};
+          bmojo::Vec<T> sum_q = {}, sum_k = {};
           for (int64_t j = 0; j < Tile<T>::VECTORS; ++j) {
             const auto d = dS[n].v[j] + dot.v[j] * qt[n];
             dS[n].v[j] = d;
@@ -114,27 +114,27 @@ void backward_kernel(const Scan& s, const T* go, const T* dlast, const T* q, con
             sum_k += d * u.v[j];
             du.v[j] += d * kt[n];
           }
-          dqt[n] += bmojo::sum<T>(sum_q);
-          dkt[n] += bmojo::sum<T>(sum_k);
+          dqt[n] += bmojo::sum(sum_q);
+          dkt[n] += bmojo::sum(sum_k);
         }
         Tile<T> product;
         for (int64_t j = 0; j < Tile<T>::VECTORS; ++j) {
           product.v[j] = du.v[j] * error[i].v[j];
           du.v[j] *= beta[at];  // now the gradient of v, and the negative of that of kept^T k
         }
-        dbeta[at] += bmojo::sum<T>(product);
+        dbeta[at] += bmojo::sum(product);
         du.store(dv + at * s.width + first, count);
         for (int64_t n = 0; n < s.states; ++n) {
-          typename Tile<T>::Vec sum_k = {};
+          bmojo::Vec<T> sum_k = {};
           for (int64_t j = 0; j < Tile<T>::VECTORS; ++j) {
             const auto p = here[n].v[j], d = dS[n].v[j] - du.v[j] * kt[n];
             sum_k += p * du.v[j];
             along.v[j] += p * d;
             dS[n].v[j] = d * decay;
           }
-          dkt[n] -= bmojo::sum<T>(sum_k);
+          dkt[n] -= bmojo::sum(sum_k);
         }
-        dg[at] += bmojo::sum<T>(along);
+        dg[at] += bmojo::sum(along);
         if (s.reset(b, t)) clear(dS);
       }
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bmojo.ops.dispatch import dispatched
 from bmojo.ops.numerics import widest
 
 
@@ -20,8 +21,11 @@ def rope_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtyp
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def _rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn x [..., heads, head_dim] by the angles of `table`; the score of q_i and k_j then depends on i - j alone."""
     cos, sin = table
     first, second = x.chunk(2, -1)
     return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+
+
+rotate = dispatched(chunked=_rotate, naive=_rotate, fused={"cpu": "bmojo.ops.layers_cpu:rotate"})

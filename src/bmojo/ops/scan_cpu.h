@@ -9,43 +9,11 @@
 #include <optional>
 #include <vector>
 
+#include "vectors_cpu.h"
+
 namespace bmojo {
 
 constexpr int64_t SPAN = 64;  // steps between states that forward keeps for backward
-
-// VECTORS vectors of LANES scalars: up to WIDTH channels, those beyond the last one zero
-template <typename T>
-struct Tile {
-  static constexpr int64_t LANES = 32 / sizeof(T), VECTORS = 4, WIDTH = LANES * VECTORS;
-  typedef T Vec __attribute__((vector_size(32)));
-  Vec v[VECTORS];
-
-  void load(const T* from, int64_t count) {
-    if (count < WIDTH) std::memset(v, 0, sizeof v);
-    count < WIDTH ? std::memcpy(v, from, sizeof(T) * count) : std::memcpy(v, from, sizeof v);
-  }
-  void store(T* to, int64_t count) const {
-    count < WIDTH ? std::memcpy(to, v, sizeof(T) * count) : std::memcpy(to, v, sizeof v);
-  }
-};
-
-template <typename T>
-inline T sum(const typename Tile<T>::Vec& v) {
-  typedef T Half __attribute__((vector_size(16)));
-  Half low, high;
-  std::memcpy(&low, &v, sizeof low);
-  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-  low += high;
-  if constexpr (sizeof(T) == 4)
-    return (low[0] + low[2]) + (low[1] + low[3]);
-  else
-    return low[0] + low[1];
-}
-
-template <typename T>
-inline T sum(const Tile<T>& tile) {
-  return sum<T>((tile.v[0] + tile.v[1]) + (tile.v[2] + tile.v[3]));
-}
 
 template <typename T>
 const T* data(const std::optional<at::Tensor>& tensor) {

@@ -118,7 +118,7 @@ void backward_kernel(const Sizes& s, const T* dy, const T* dlast, const T* x, co
           Tile<T> dys, dwritten = {}, along = {};  // along: what changes with the log of the decay
           dys.load(dy + at * s.width + first, count);
           for (int64_t n = 0; n < s.states; ++n) {
-            typename Tile<T>::Vec sum_B = {}, sum_C = {};
+            bmojo::Vec<T> sum_B = {}, sum_C = {};
             for (int64_t j = 0; j < Tile<T>::VECTORS; ++j) {
               const auto p = kept[i * s.states + n].v[j], dh = g[n].v[j] + dys.v[j] * Ct[n];
               sum_C += dys.v[j] * (p + written[i].v[j] * Bt[n]);
@@ -127,17 +127,17 @@ void backward_kernel(const Sizes& s, const T* dy, const T* dlast, const T* x, co
               along.v[j] += dh * p;
               g[n].v[j] = dh * decay[i];
             }
-            dBt[n] += bmojo::sum<T>(sum_B);
-            dCt[n] += bmojo::sum<T>(sum_C);
+            dBt[n] += bmojo::sum(sum_B);
+            dCt[n] += bmojo::sum(sum_C);
           }
-          const T slope = bmojo::sum<T>(along);
+          const T slope = bmojo::sum(along);
           Tile<T> product;
           for (int64_t j = 0; j < Tile<T>::VECTORS; ++j) {
             product.v[j] = dwritten.v[j] * xs[i].v[j];
             dwritten.v[j] *= dt[at];
           }
           dwritten.store(dx + at * s.width + first, count);
-          ddt[at] += bmojo::sum<T>(product) - slope * rate[head];
+          ddt[at] += bmojo::sum(product) - slope * rate[head];
           total -= slope * dt[at];
           if (s.reset(b, t)) clear(g);
         }

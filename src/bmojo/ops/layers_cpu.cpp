@@ -1,0 +1,369 @@
+// What stands between the matrix products of a block on CPUs, each in one pass over its data: short convolution with
+// SiLU, rotary positions, RMS norm, SwiGLU. bmojo/ops/layers.py and rope.py have the mathematics and the shapes.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "vectors_cpu.h"
+
+namespace {
+
+using at::Tensor;
+using bmojo::load;
+using bmojo::sigmoid;
+using bmojo::store;
+using bmojo::Tile;
+using bmojo::Vec;
+constexpr int64_t GRAIN = 16384;  // elements, the least that a thread is woken for
+
+int64_t rows_a_task(int64_t width) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, width)); }
+
+// work(begin, vectors) for [0, count) in whole vectors, then work(i, one) for what is left
+template <typename T, typename Whole, typename One>
+inline void along(int64_t count, const Whole& whole, const One& one) {
+  constexpr int64_t L = bmojo::Lanes<T>::COUNT;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) whole(i);
+  for (; i < count; ++i) one(i);
+}
+
+// ---- short causal convolution: extended [batch, lags + time, channels], weight [channels, size], oldest first
+
+struct Conv {
+  int64_t batch, time, channels, size, lags;
+  const int64_t* position;  // [batch, time], where documents are packed
+
+  Conv(const Tensor& extended, const Tensor& weight, const std::optional<Tensor>& position_)
+      : batch(extended.size(0)),
+        time(extended.size(1) - weight.size(1) + 1),
+        channels(extended.size(2)),
+        size(weight.size(1)),
+        lags(size - 1),
+        position(position_ ? position_->const_data_ptr<int64_t>() : nullptr) {}
+
+  // how many tokens back step t may look
+  int64_t reach(int64_t b, int64_t t) const { return position ? std::min(lags, position[b * time + t]) : lags; }
+};
+
+template <typename T>
+struct Taps {  // of one tile of channels
+  const Conv& c;
+  int64_t b, first, count;
+  std::vector<Tile<T>> weight;  // by lag
+  Tile<T> bias = {};
+  const T* extended;
+
+  Taps(const Conv& c, int64_t b, int64_t first, const T* weights, const T* biases, const T* extended)
+      : c(c),
+        b(b),
+        first(first),
+        count(std::min(Tile<T>::WIDTH, c.channels - first)),
+        weight(c.size),
+        extended(extended) {
+    for (int64_t lag = 0; lag < c.size; ++lag) {
+      T one[Tile<T>::WIDTH] = {};
+      for (int64_t i = 0; i < count; ++i) one[i] = weights[(first + i) * c.size + c.lags - lag];
+      weight[lag].load(one, Tile<T>::WIDTH);
+    }
+    if (biases) bias.load(biases + first, count);
+  }
+
+  Tile<T> input(int64_t t, int64_t lag) const {
+    Tile<T> x;
+    x.load(extended + (b * (c.time + c.lags) + t + c.lags - lag) * c.channels + first, count);
+    return x;
+  }
+
+  Tile<T> at(int64_t t) const {
+    Tile<T> sum = bias;
+    for (int64_t lag = 0; lag <= c.reach(b, t); ++lag) {
+      const Tile<T> x = input(t, lag);
+      for (int64_t j = 0; j < Tile<T>::VECTORS; ++j) sum.v[j] += x.v[j] * weight[lag].v[j];
+    }
+    return sum;
+  }
+};
+
+template <typename T, typename Work>
+void each_tile(const Conv& c, const Work& work) {  // work(b, first channel)
+  const int64_t tiles = (c.channels + Tile<T>::WIDTH - 1) / Tile<T>::WIDTH;
+  at::parallel_for(0, c.batch * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) work(task / tiles, task % tiles * Tile<T>::WIDTH);
+  });
+}
+
+Tensor conv_forward(const Tensor& extended, const Tensor& weight, const std::optional<Tensor>& bias,
+                    const std::optional<Tensor>& position, bool silu) {
+  const Conv c(extended, weight, position);
+  Tensor y = at::empty({c.batch, c.time, c.channels}, extended.options());
+  AT_DISPATCH_FLOATING_TYPES(extended.scalar_type(), "conv", [&] {
+    using T = scalar_t;
+    const T *x = extended.const_data_ptr<T>(), *w = weight.const_data_ptr<T>();
+    const T* b0 = bias ? bias->const_data_ptr<T>() : nullptr;
+    T* out = y.mutable_data_ptr<T>();
+    each_tile<T>(c, [&](int64_t b, int64_t first) {
+      const Taps<T> taps(c, b, first, w, b0, x);
+      for (int64_t t = 0; t < c.time; ++t) {
+        Tile<T> z = taps.at(t);
+        if (silu)
+          for (auto& v : z.v) v *= sigmoid<T>(v);
+        z.store(out + (b * c.time + t) * c.channels + first, taps.count);
+      }
+    });
+  });
+  return y;
+}
+
+// gradients of extended, weight and bias
+std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor& extended, const Tensor& weight,
+                                                 const std::optional<Tensor>& bias,
+                                                 const std::optional<Tensor>& position, bool silu) {
+  const Conv c(extended, weight, position);
+  Tensor dx = at::empty_like(extended);
+  Tensor dw = at::empty({c.batch, c.channels, c.size}, weight.options());
+  Tensor db = at::empty({c.batch, c.channels}, weight.options());
+  AT_DISPATCH_FLOATING_TYPES(extended.scalar_type(), "conv", [&] {
+    using T = scalar_t;
+    constexpr int64_t V = Tile<T>::VECTORS;
+    const T *x = extended.const_data_ptr<T>(), *w = weight.const_data_ptr<T>(), *g = dy.const_data_ptr<T>();
+    const T* b0 = bias ? bias->const_data_ptr<T>() : nullptr;
+    T *out = dx.mutable_data_ptr<T>(), *dweight = dw.mutable_data_ptr<T>(), *dbias = db.mutable_data_ptr<T>();
+    each_tile<T>(c, [&](int64_t b, int64_t first) {
+      const Taps<T> taps(c, b, first, w, b0, x);
+      // slopes: of the last `size` steps; of step t at t % size
+      std::vector<Tile<T>> slopes(c.size, Tile<T>{}), sums(c.size, Tile<T>{});
+      Tile<T> total = {};
+      for (int64_t u = -c.lags; u < c.time; ++u) {  // input u, once that of step u + lags is known
+        const int64_t t = u + c.lags;
+        Tile<T>& slope = slopes[t % c.size];
+        slope = Tile<T>{};
+        if (t < c.time) {
+          slope.load(g + (b * c.time + t) * c.channels + first, taps.count);
+          if (silu) {
+            const Tile<T> z = taps.at(t);
+            for (int64_t j = 0; j < V; ++j) {
+              const Vec<T> s = sigmoid<T>(z.v[j]);
+              slope.v[j] *= s + z.v[j] * s * (1 - s);
+            }
+          }
+          for (int64_t j = 0; j < V; ++j) total.v[j] += slope.v[j];
+          for (int64_t lag = 0; lag <= c.reach(b, t); ++lag) {
+            const Tile<T> in = taps.input(t, lag);
+            for (int64_t j = 0; j < V; ++j) sums[lag].v[j] += slope.v[j] * in.v[j];
+          }
+        }
+        Tile<T> sum = {};
+        for (int64_t lag = std::max<int64_t>(0, -u); lag <= c.lags && u + lag < c.time; ++lag)
+          if (lag <= c.reach(b, u + lag))
+            for (int64_t j = 0; j < V; ++j) sum.v[j] += slopes[(u + lag) % c.size].v[j] * taps.weight[lag].v[j];
+        sum.store(out + (b * (c.time + c.lags) + u + c.lags) * c.channels + first, taps.count);
+      }
+      total.store(dbias + b * c.channels + first, taps.count);
+      T one[Tile<T>::WIDTH];
+      for (int64_t lag = 0; lag < c.size; ++lag) {
+        sums[lag].store(one, Tile<T>::WIDTH);
+        for (int64_t i = 0; i < taps.count; ++i) dweight[(b * c.channels + first + i) * c.size + c.lags - lag] = one[i];
+      }
+    });
+  });
+  return {dx, dw.sum(0), db.sum(0)};
+}
+
+// ---- rotary positions: x [rows, heads, width], cos and sin [table rows, width]; `back` turns the other way
+
+Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back) {
+  Tensor y = at::empty_like(x);
+  const int64_t width = x.size(-1), half = width / 2, heads = x.size(-2), rows = x.numel() / (heads * width);
+  const int64_t table = cos.numel() / width;
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "rotate", [&] {
+    using T = scalar_t;
+    const T *in = x.const_data_ptr<T>(), *c = cos.const_data_ptr<T>(), *s = sin.const_data_ptr<T>();
+    T* out = y.mutable_data_ptr<T>();
+    const T sign = back ? -1 : 1;
+    at::parallel_for(0, rows, rows_a_task(heads * width), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T *a = c + row % table * width, *b = s + row % table * width;
+        for (int64_t head = 0; head < heads; ++head) {
+          const T* from = in + (row * heads + head) * width;
+          T* to = out + (row * heads + head) * width;
+          along<T>(
+              half,
+              [&](int64_t i) {
+                const Vec<T> first = load(from + i), second = load(from + half + i);
+                store(to + i, first * load(a + i) - second * load(b + i) * sign);
+                store(to + half + i, second * load(a + half + i) + first * load(b + half + i) * sign);
+              },
+              [&](int64_t i) {
+                to[i] = from[i] * a[i] - from[half + i] * b[i] * sign;
+                to[half + i] = from[half + i] * a[half + i] + from[i] * b[half + i] * sign;
+              });
+        }
+      }
+    });
+  });
+  return y;
+}
+
+// ---- RMS norm of rows [rows, width]
+
+std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& weight, double eps) {
+  Tensor y = at::empty_like(x);
+  const int64_t width = x.size(-1), rows = x.numel() / width;
+  Tensor inverse = at::empty({rows}, x.options());
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm", [&] {
+    using T = scalar_t;
+    const T *in = x.const_data_ptr<T>(), *w = weight.const_data_ptr<T>();
+    T *out = y.mutable_data_ptr<T>(), *r = inverse.mutable_data_ptr<T>();
+    at::parallel_for(0, rows, rows_a_task(width), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T* from = in + row * width;
+        T* to = out + row * width;
+        Vec<T> squares = {};
+        T rest = 0;
+        along<T>(
+            width, [&](int64_t i) { squares += load(from + i) * load(from + i); },
+            [&](int64_t i) { rest += from[i] * from[i]; });
+        const T by = 1 / std::sqrt((bmojo::sum(squares) + rest) / width + static_cast<T>(eps));
+        r[row] = by;
+        along<T>(
+            width, [&](int64_t i) { store(to + i, load(from + i) * by * load(w + i)); },
+            [&](int64_t i) { to[i] = from[i] * by * w[i]; });
+      }
+    });
+  });
+  return {y, inverse};
+}
+
+// gradients of x and weight
+std::tuple<Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                         const Tensor& inverse) {
+  Tensor dx = at::empty_like(x);
+  const int64_t width = x.size(-1), rows = x.numel() / width, each = rows_a_task(width);
+  const int64_t tasks = std::min<int64_t>(at::get_num_threads(), (rows + each - 1) / each);
+  Tensor dw = at::zeros({tasks, width}, x.options());
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm", [&] {
+    using T = scalar_t;
+    const T *in = x.const_data_ptr<T>(), *w = weight.const_data_ptr<T>(), *g = dy.const_data_ptr<T>();
+    const T* r = inverse.const_data_ptr<T>();
+    T *out = dx.mutable_data_ptr<T>(), *dweight = dw.mutable_data_ptr<T>();
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        T* sums = dweight + task * width;
+        for (int64_t row = rows * task / tasks; row < rows * (task + 1) / tasks; ++row) {
+          const T *from = in + row * width, *slope = g + row * width;
+          T* to = out + row * width;
+          const T by = r[row];
+          Vec<T> dots = {};
+          T rest = 0;
+          along<T>(
+              width,
+              [&](int64_t i) {
+                const Vec<T> product = load(slope + i) * load(from + i);
+                dots += product * load(w + i);
+                store(sums + i, load(sums + i) + product * by);
+              },
+              [&](int64_t i) {
+                rest += slope[i] * from[i] * w[i];
+                sums[i] += slope[i] * from[i] * by;
+              });
+          const T along_x = (bmojo::sum(dots) + rest) * by * by * by / width;
+          along<T>(
+              width, [&](int64_t i) { store(to + i, load(slope + i) * load(w + i) * by - load(from + i) * along_x); },
+              [&](int64_t i) { to[i] = slope[i] * w[i] * by - from[i] * along_x; });
+        }
+      }
+    });
+  });
+  return {dx, dw.sum(0)};
+}
+
+// ---- SwiGLU: x [rows, 2 width] = [gate, up]
+
+Tensor swiglu_forward(const Tensor& x) {
+  auto shape = x.sizes().vec();
+  const int64_t width = shape.back() /= 2, rows = width ? x.numel() / (2 * width) : 0;
+  Tensor y = at::empty(shape, x.options());
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "swiglu", [&] {
+    using T = scalar_t;
+    const T* in = x.const_data_ptr<T>();
+    T* out = y.mutable_data_ptr<T>();
+    at::parallel_for(0, rows, rows_a_task(width), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T *gate = in + 2 * row * width, *up = gate + width;
+        T* to = out + row * width;
+        along<T>(
+            width,
+            [&](int64_t i) {
+              const Vec<T> z = load(gate + i);
+              store(to + i, z * sigmoid<T>(z) * load(up + i));
+            },
+            [&](int64_t i) { to[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i]; });
+      }
+    });
+  });
+  return y;
+}
+
+Tensor swiglu_backward(const Tensor& dy, const Tensor& x) {
+  Tensor dx = at::empty_like(x);
+  const int64_t width = x.size(-1) / 2, rows = width ? x.numel() / (2 * width) : 0;
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "swiglu", [&] {
+    using T = scalar_t;
+    const T *in = x.const_data_ptr<T>(), *g = dy.const_data_ptr<T>();
+    T* out = dx.mutable_data_ptr<T>();
+    at::parallel_for(0, rows, rows_a_task(width), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T *gate = in + 2 * row * width, *up = gate + width, *slope = g + row * width;
+        T *dgate = out + 2 * row * width, *dup = dgate + width;
+        along<T>(
+            width,
+            [&](int64_t i) {
+              const Vec<T> z = load(gate + i), s = sigmoid<T>(z), d = load(slope + i);
+              store(dup + i, d * z * s);
+              store(dgate + i, d * load(up + i) * (s + z * s * (1 - s)));
+            },
+            [&](int64_t i) {
+              const T s = 1 / (1 + std::exp(-gate[i]));
+              dup[i] = slope[i] * gate[i] * s;
+              dgate[i] = slope[i] * up[i] * (s + gate[i] * s * (1 - s));
+            });
+      }
+    });
+  });
+  return dx;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(bmojo, library) {
+  library.def("conv_forward(Tensor extended, Tensor weight, Tensor? bias, Tensor? position, bool silu) -> Tensor");
+  library.def(
+      "conv_backward(Tensor dy, Tensor extended, Tensor weight, Tensor? bias, Tensor? position, bool silu) -> (Tensor, "
+      "Tensor, Tensor)");
+  library.def("rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor");
+  library.def("norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  library.def("norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor inverse) -> (Tensor, Tensor)");
+  library.def("swiglu_forward(Tensor x) -> Tensor");
+  library.def("swiglu_backward(Tensor dy, Tensor x) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(bmojo, CPU, library) {
+  library.impl("conv_forward", conv_forward);
+  library.impl("conv_backward", conv_backward);
+  library.impl("rotate", rotate);
+  library.impl("norm_forward", norm_forward);
+  library.impl("norm_backward", norm_backward);
+  library.impl("swiglu_forward", swiglu_forward);
+  library.impl("swiglu_backward", swiglu_backward);
+}
