@@ -5,7 +5,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: compare test test-fast test-lowest coverage mutation lint corpus smollm2 clean
+.PHONY: compare test test-fast test-gpu test-lowest coverage mutation lint corpus smollm2 clean
 compare: .venv/ok
 	$(BIN)/bmojo compare
 
@@ -14,6 +14,10 @@ test: .venv/ok
 
 test-fast: .venv/ok
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+
+# What only a CUDA device can show: kernels against definitions, bfloat16, CUDA graphs, latency; see docs/gpu.md.
+test-gpu: .venv/ok
+	$(BIN)/pytest -m gpu tests/gpu
 
 # The same interface with the oldest Transformers that pyproject.toml allows, and the oldest of what else training needs.
 test-lowest: .venv-lowest/ok

@@ -114,8 +114,18 @@ def test_memory_is_constant():
     for i, _ in enumerate(stream):
         assert stream.state.nbytes == size
         if i == 50:
-            buffers = [layer["k"].data_ptr() for layer in stream.state.layers]
-    assert [layer["k"].data_ptr() for layer in stream.state.layers] == buffers
+            buffers = [layer["k"].data_ptr() for layer in stream._decoder._state.layers]  # `state` is a copy
+    assert [layer["k"].data_ptr() for layer in stream._decoder._state.layers] == buffers
+
+
+def test_its_state_is_a_value():
+    stream = Stream(new_model(), PROMPT, max_new_tokens=20, temperature=0)
+    next(stream)
+    state = stream.state
+    kept = state.clone()
+    list(stream)
+    for layer, old in zip(state.layers, kept.layers, strict=True):
+        assert all(torch.equal(layer[name], old[name]) for name in old)
 
 
 def test_a_long_prompt_is_read_in_segments():

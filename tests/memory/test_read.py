@@ -5,28 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import close, draw_tokens, make_model, small_preset
+from reading import CALLS, CHUNK, PACKED, PADDED, TIME, WINDOW, drawn
 from torch.nn.attention import flex_attention as torch_flex
 
 from bmojo.memory import flex, read_cpu
-from bmojo.memory.layout import make_layout
-from bmojo.memory.read import Slots, Source, key_spans, read_chunked, read_naive, slot_spans
+from bmojo.memory.read import key_spans, read_chunked, read_naive, slot_spans
 from bmojo.nn import mixer as mixer_module
 from bmojo.nn.mixer import Trace
-
-CHUNK, WINDOW, FADING, EACH = 4, 8, 4, 5
-TIME = 21
-PADDED = torch.ones(2, TIME, dtype=torch.bool)
-PADDED[0, :3] = PADDED[0, 9] = PADDED[1, 15:] = False
-PACKED = torch.tensor([[0] * 6 + [1] * 2 + [2] * 13, [5] * 20 + [6]])
-CONTINUED = {"position": torch.tensor([13, 0]), "document": torch.tensor([0, 5])}
-CALLS = {
-    "plain": {},
-    "continued": CONTINUED | {"position": torch.tensor([12, 4])},
-    "inside a chunk": CONTINUED,
-    "padded": {"mask": PADDED},
-    "packed": {"document_ids": PACKED},
-    "all of it": CONTINUED | {"mask": PADDED, "document_ids": PACKED},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -38,30 +23,6 @@ def eager(monkeypatch):
 
 def read_flex(q, sources, slots, layout, *, usage=False):
     return flex.run(torch_flex.flex_attention, q.detach(), sources, slots, layout, usage)
-
-
-def drawn(call: str, stride: int = 1, heads: int = 4, groups: int = 2, width: int = 3):
-    """Random arguments of `read` for a layout, the rows of its memories in the given shape."""
-    layout = make_layout(2, TIME, CHUNK, torch.device("cpu"), **CALLS[call])
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(2, *shape, dtype=torch.float64, generator=generator).requires_grad_()
-
-    def rows(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return normal(count, groups, width), normal(count, groups, 3)
-
-    size = (WINDOW + FADING) // stride
-    sources = [
-        Source(*rows(WINDOW + layout.slots), WINDOW, 1, 0, WINDOW),
-        Source(*rows(size + layout.slots // stride), size, stride, WINDOW, FADING),
-    ]
-    place = (2, layout.chunks, EACH)
-    k, v = (z.unflatten(1, place[1:]) for z in rows(layout.chunks * EACH))
-    start = layout.position[:, ::CHUNK, None]
-    position = torch.randint(-1, 30, place, generator=generator)
-    slots = Slots(k, v, torch.where(position < start, position, -1), WINDOW)
-    return normal(layout.slots, heads, width), sources, slots, layout
 
 
 @pytest.mark.parametrize("stride", [1, CHUNK])

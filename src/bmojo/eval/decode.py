@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bmojo.memory.state import MemoryState
+from bmojo.nn.decoder import Decoder
 from bmojo.nn.model import BMojoLM
 
 WARM_UP = 3
@@ -43,10 +44,9 @@ def decode_cost(
 
 def _time_steps(model: BMojoLM, tokens: torch.Tensor, state: MemoryState) -> float:
     """Median seconds of a step over `tokens` [1, n] after the warm-up."""
-    state, times = state.clone(), []
-    for token in tokens.split(1, dim=1):
+    decoder, times = Decoder(model, state), []
+    for token in tokens[0].split(1):
         started = time.perf_counter()
-        logits, state = model(token, state, donate=True)
-        logits.argmax().item()  # waits for the device, as decoding does
+        decoder(token).argmax().item()  # waits for the device, as decoding does
         times.append(time.perf_counter() - started)
     return statistics.median(times[WARM_UP:])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bmojo.errors import ConfigError, DataError
 from bmojo.memory.state import MemoryState
+from bmojo.nn.decoder import Decoder
 from bmojo.nn.model import BMojoLM
 
 PREFILL_SEGMENT = 512
@@ -55,11 +56,17 @@ class Stream:
         self.last: int | None = None
         self._left = max_new_tokens
         with torch.no_grad():
-            self.state = model.empty_state() if state is None else state.clone()
+            state = model.empty_state() if state is None else state
             for part in prompt.to(model.embed.weight.device).split(PREFILL_SEGMENT):
-                features, self.state = model.features(part[None], self.state)
+                features, state = model.features(part[None], state)
             self._logits = model.logits(features[0, -1])
-        self._position = int(self.state.position)
+        self._position = int(state.position)
+        self._decoder = Decoder(model, state)
+
+    @property
+    def state(self) -> MemoryState:
+        """What the model remembers now: a copy."""
+        return self._decoder.state
 
     def __iter__(self) -> Iterator[int]:
         return self
@@ -69,9 +76,8 @@ class Stream:
         if self._left == 0:
             raise StopIteration
         if self.last is not None:
-            token = torch.tensor([[self.last]], device=self._logits.device)
-            logits, self.state = self.model(token, self.state, donate=True)
-            self._logits, self._position = logits[0, -1], self._position + 1
+            self._logits = self._decoder(torch.tensor([self.last], device=self._logits.device))[0]
+            self._position += 1
         choice = self._choose(self._logits)
         if choice in self.stop_ids:
             self._left, self.last = 0, None

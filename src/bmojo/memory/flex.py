@@ -34,7 +34,8 @@ def _attention() -> Callable:
 
 @functools.cache
 def _compiled() -> Callable:
-    return torch.compile(flex_attention)
+    """One compilation for every kind of call, at most two more for lengths; never the form that holds all scores."""
+    return torch.compile(flex_attention, fullgraph=True, recompile_limit=64)  # type: ignore[call-overload]
 
 
 def read_flex(

@@ -33,8 +33,11 @@ class Step:
 
     @property
     def any_ends_chunk(self) -> bool:
-        """Whether there is a chunk to end; a graph that is compiled once for all tokens always does what that takes."""
-        return torch.compiler.is_compiling() or self._once("any ends", lambda: bool(self.ends_chunk.any()))
+        """Whether there is a chunk to end. A graph that is compiled or captured once for all tokens always does what
+        that takes, and so does a device that the host would have to wait for."""
+        if torch.compiler.is_compiling() or self.position.device.type != "cpu":
+            return True
+        return self._once("any ends", lambda: bool(self.ends_chunk.any()))
 
     def _once(self, key, make):
         if key not in self.cache:

@@ -90,5 +90,7 @@ def gated_delta_chunked(
 
 
 gated_delta = dispatched(
-    chunked=gated_delta_chunked, naive=gated_delta_naive, fused={"cpu": "bmojo.ops.gated_delta_cpu:gated_delta"}
+    chunked=gated_delta_chunked,
+    naive=gated_delta_naive,
+    fused={"cpu": "bmojo.ops.gated_delta_cpu:gated_delta", "cuda": "bmojo.ops.fla:gated_delta"},
 )

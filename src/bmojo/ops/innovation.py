@@ -49,16 +49,24 @@ def _prior(A: Tensor, forgetting: float) -> Tensor:
     return forgetting * A + torch.diag_embed(rho[:, None].expand(-1, A.shape[-1]))
 
 
+def leverage_score(k: Tensor, M: Tensor) -> Tensor:
+    """The score [batch] of a token k [batch, dim] after what M [batch, dim, dim] holds, both float32 or better."""
+    leverage = (k * torch.cholesky_solve(k[..., None], _factor(M)).squeeze(-1)).sum(-1)
+    return leverage / (1 + leverage)
+
+
+_score = dispatched(chunked=leverage_score, naive=leverage_score, fused={"cuda": "bmojo.ops.triton_rls:leverage_score"})
+
+
 @exact
 def rls_step(
     k: Tensor, A: Tensor, M: Tensor, ends_chunk: Tensor, *, forgetting: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One token k [batch, dim]; `ends_chunk` [batch] bool. Returns score [batch], A, M."""
     k = at_least_float32(k)
-    leverage = (k * torch.cholesky_solve(k[..., None], _factor(M)).squeeze(-1)).sum(-1)
     outer = k[..., :, None] * k[..., None, :]
-    A = forgetting * A + outer
-    return leverage / (1 + leverage), A, torch.where(ends_chunk[:, None, None], _prior(A, forgetting), M + outer)
+    score, A = _score(k, M), forgetting * A + outer
+    return score, A, torch.where(ends_chunk[:, None, None], _prior(A, forgetting), M + outer)
 
 
 @exact
@@ -110,7 +118,7 @@ def rls_chunked(
     return ((1 - 1 / variance).clamp(min=0) * alive).view(batch, time), A, M
 
 
-rls = dispatched(chunked=rls_chunked, naive=rls_naive)
+rls = dispatched(chunked=rls_chunked, naive=rls_naive, fused={"cuda": "bmojo.ops.triton_rls:rls"})
 
 
 @exact
@@ -138,7 +146,8 @@ def ema_step(x: Tensor, mean: Tensor, *, forgetting: float) -> tuple[Tensor, Ten
 
 def _log_rate(forgetting: float, like: Tensor) -> Tensor:
     """A_log [1] of a scan that forgets so: log(-log g); -inf, no decay, for g = 1."""
-    return like.new_tensor([-math.log(forgetting)]).log()
+    rate = -math.log(forgetting)
+    return like.new_full((1,), math.log(rate) if rate > 0 else -math.inf)
 
 
 def cosine_distance(x: Tensor, past: Tensor) -> Tensor:

@@ -82,4 +82,8 @@ def s6_chunked(
     return (C[..., None, :] @ states).reshape(batch, time, channels), h
 
 
-s6 = dispatched(chunked=s6_chunked, naive=s6_naive, fused={"cpu": "bmojo.ops.s6_cpu:s6"})
+s6 = dispatched(
+    chunked=s6_chunked,
+    naive=s6_naive,
+    fused={"cpu": "bmojo.ops.s6_cpu:s6", "cuda": "bmojo.ops.triton_s6:s6"},
+)
