@@ -13,8 +13,9 @@ H100 = {"size": "370m", "dtype": "bfloat16"}
 
 @dataclass(frozen=True)
 class Bar:
-    """Of the cells of a case that have `settings`, at every value of setting `axis` in `at`, the ratios of `names` are
-    at least (or at most) `bound`. No names: it is the growth in bytes. `device` is part of the device's name."""
+    """Of the cells of a case that have `settings`, with the presets as they are, at every value of setting `axis` in
+    `at`, the ratios of `names` are at least (or at most) `bound`. No names: it is the growth in bytes. `device` is part
+    of the device's name."""
 
     what: str
     suite: str
@@ -103,7 +104,7 @@ def _values(bar: Bar, runs: Sequence[Results]) -> Iterator[tuple[int, float, str
             settings = cell["settings"]
             if (cell["suite"], cell["case"]) != (bar.suite, bar.case) or settings.get(bar.axis) not in bar.at:
                 continue
-            if any(settings.get(name) != value for name, value in bar.settings.items()):
+            if settings["set"] or any(settings.get(name) != value for name, value in bar.settings.items()):
                 continue
             if "stream" in cell and (growth := cell["stream"]["growth_bytes"]) is not None:
                 yield settings[bar.axis], growth, ""

@@ -43,7 +43,7 @@ def write_report(folder: Path, runs: Sequence[Results]) -> None:
 
 def summary(runs: Sequence[Results]) -> str:
     """The bars, and where ours loses."""
-    return "\n".join([*_bars(runs), "", *_losses(runs)])
+    return "\n".join([*_bars(runs), "", "Where ours loses:", "", *_losses(runs)])
 
 
 def _text(runs: Sequence[Results], pictures: Sequence[Picture]) -> str:
@@ -89,21 +89,19 @@ def _shown(bar: Bar, value: float) -> str:
 
 def _losses(runs: Sequence[Results]) -> list[str]:
     """Where another library is faster than ours, or another preset than `bmojo`; the worst first."""
-    lost = []
+    lost: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for results in runs:
-        for cell in results["cells"]:
-            for entry in cell.get("entries", ()):
+        for title, cells in _groups(results).items():
+            for cell, entry in ((one, entry) for one in cells for entry in one.get("entries", ())):
                 against = entry["rival"] or cell["case"] == "family"
                 if against and (ratio := entry.get("ratio")) and ratio["median"] < 1:
-                    lost.append((ratio["median"], ratio, entry, cell))
-    lost.sort(key=lambda one: one[0])
-    lines = [
-        f"- {_title(cell)}, {_axis(cell)[0]} {_axis(cell)[1]:,}: {entry['name']} takes {ratio['median']:.2f} times "
-        f"[{ratio['low_quartile']:.2f}, {ratio['high_quartile']:.2f}] our time"
-        + ("" if ratio["high_quartile"] < 1 else " (within noise)")
-        for _, ratio, entry, cell in lost
-    ]
-    return [f"{len(lines)} contestants are faster:", "", *lines] if lines else ["Nowhere that was measured."]
+                    lost[title, entry["name"]].append((_axis(cell), ratio))
+    lines = []
+    for (title, name), found in sorted(lost.items(), key=lambda item: min(ratio["median"] for _, ratio in item[1])):
+        ratios = ", ".join(f"{_spread(ratio)} at {axis} {x:,}" for (axis, x), ratio in found)
+        noise = "" if any(ratio["high_quartile"] < 1 for _, ratio in found) else " (within the noise)"
+        lines.append(f"- {title}: {name} takes {ratios} of our time{noise}")
+    return lines or ["Nowhere that was measured."]
 
 
 # the tables
@@ -183,7 +181,7 @@ def _pictures(runs: Sequence[Results]) -> Iterator[Picture]:
         on = f", {results['machine']['device']}" if len(runs) > 1 else ""
         for name, caption, x, y, panels, kind in (
             ("speed", "Tokens a second by length", "tokens", "tokens/s", _panels(results, _speed), "log"),
-            ("ratios", "Time of others over ours: above the line ours is faster", "tokens", "times as fast as",
+            ("ratios", "Time of other libraries over ours: above the line ours is faster", "tokens", "ratio",
              _panels(results, _ratio), "ratio"),
             ("decode", "Time of a decoded token by context", "context, tokens", "ms per token",
              _panels(results, _token_ms), "log"),
@@ -226,10 +224,12 @@ def _token_ms(cell: Found) -> Iterator[tuple[str, str, float]]:
 
 def _share(cell: Found) -> Iterator[tuple[str, str, float]]:
     if cell["suite"] in CONTESTS and cell["case"] != "growth":
+        panel = f"{cell['suite']}, {_title(cell).partition(', ')[2]}"
         ours = [entry for entry in cell["entries"] if not entry["rival"] and "floor_share" in entry]
-        for entry in ours if cell["case"] == "family" else ours[:1]:
-            line = entry["name"] if cell["case"] == "family" else cell["case"]
-            yield f"{cell['suite']}, {_title(cell).partition(', ')[2]}", line, 100 * entry["floor_share"]
+        if cell["case"] == "family":
+            yield from ((panel, entry["name"], 100 * entry["floor_share"]) for entry in ours)
+        elif cell["suite"] in ("ops", "layers"):
+            yield from ((panel, cell["case"], 100 * entry["floor_share"]) for entry in ours[:1])
 
 
 def _memory(cell: Found) -> Iterator[tuple[str, str, float]]:
@@ -262,13 +262,13 @@ def _picture(name: str, caption: str, x: str, y: str, panels: dict[str, Lines], 
         else:
             axis.set_xlabel(x)
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        if kind in ("log", "ratio"):
+        if kind == "log":
             axis.set_yscale("log", base=2)
             axis.yaxis.set_major_formatter(lambda value, _: three_digits(value))
+        else:
+            axis.set_ylim(0, 1.1 * max(y for points in lines.values() for _, y in points))
         if kind == "ratio":
             axis.axhline(1, color="#555555", linestyle=":", linewidth=1.2)
-        if kind in ("zero", "plain"):
-            axis.set_ylim(0)
         axis.set_ylabel(y)
         axis.set_title(title, fontsize=9)
     return make_picture(figure, axes, name, caption)
