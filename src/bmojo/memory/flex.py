@@ -26,6 +26,12 @@ NEVER = 2**31 - 1  # the first slot that sees a key that none sees
 Spans = tuple[Tensor, Tensor]  # first and last query slot that see each key
 
 
+def _attention() -> Callable:
+    if torch.compiler.is_compiling():
+        return flex_attention
+    return _compiled()
+
+
 @functools.cache
 def _compiled() -> Callable:
     return torch.compile(flex_attention)
@@ -37,8 +43,7 @@ def read_flex(
     """See `bmojo.memory.read`. float64 and heads smaller than 16, which have no such kernel, take the chunked form."""
     if q.dtype == torch.float64 or sources[0].v.shape[-1] < 16:
         return read_chunked(q, sources, slots, layout, usage=usage)
-    attention: Callable = flex_attention if torch.compiler.is_compiling() else _compiled()
-    return run(attention, q, sources, slots, layout, usage, {"BACKEND": "TRITON"})
+    return run(_attention(), q, sources, slots, layout, usage, {"BACKEND": "TRITON"})
 
 
 def run(
@@ -106,7 +111,7 @@ def _table(spans: list[Spans], each: int, layout: Layout) -> BlockMask:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many are True of [rows, query blocks, key blocks], and their indices, those first; one head stands for all."""
+    """How many of [rows, query blocks, key blocks] are True, and the indices, those first; one head stands for all."""
     blocks = blocks[:, None].to(torch.int32)
     order = blocks.argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
