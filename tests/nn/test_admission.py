@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from cases import draw_tokens, make_model, shaken, simplest
 
-from bmojo.nn import mixer as mixer_module
+from bmojo.memory import read as read_module
 from bmojo.nn.admission import Admission, usage_loss
 from bmojo.nn.mixer import Mixer, Trace
 from bmojo.ops.attention import largest_weights
@@ -88,7 +88,7 @@ def test_padding_looks_at_no_slot(monkeypatch):
         seen.append(mask[..., -count:])
         return largest_weights(q, k, mask, count)
 
-    monkeypatch.setattr(mixer_module, "largest_weights", spy)
+    monkeypatch.setattr(read_module, "largest_weights", spy)
     shaken(Mixer(config))(torch.randn(1, 13, 8, dtype=torch.float64), trace=Trace())
     (slots,) = seen
     assert slots[-1, 0, 0].any()  # token 12 does

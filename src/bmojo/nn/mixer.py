@@ -30,14 +30,15 @@ from torch import Tensor, nn
 
 from bmojo.config import ModelConfig
 from bmojo.memory.eidetic import compact_positions, keep_best, select
-from bmojo.memory.layout import Layout, blocks, make_layout
+from bmojo.memory.layout import Layout, make_layout
+from bmojo.memory.read import Slots, Source, read, slot_spans
 from bmojo.memory.spec import fading_entries, layer_spec
 from bmojo.memory.step import Step, grow
 from bmojo.nn.admission import Admission, usage_loss
 from bmojo.nn.init import KeyConv, Linear, Output, RMSNorm
 from bmojo.nn.innovation import Innovation
 from bmojo.nn.ssm import Prediction, State, make_ssm
-from bmojo.ops.attention import attend, largest_weights
+from bmojo.ops.attention import attend
 from bmojo.ops.innovation import rls_start
 from bmojo.ops.rope import rope_table, rotate
 
@@ -189,12 +190,12 @@ class Mixer(nn.Module):
         x = x if norm is None else norm(x)
         return x if table is None else rotate(x, table)
 
-    def _as_compared(self, keys: list[Tensor]) -> list[Tensor]:
-        """The keys of window, fading tokens and slots [..., head_dim], as the queries are compared with them."""
+    def _as_compared(self, k: Tensor, *, fading: bool = False) -> Tensor:
+        """Keys [..., head_dim] as the queries are compared with them."""
         if not self.own_sources:
-            return keys
+            return k
         size = self.config.head_dim
-        return [nn.functional.pad(k, (size, 0) if i == 1 else (0, size)) for i, k in enumerate(keys)]
+        return nn.functional.pad(k, (size, 0) if fading else (0, size))
 
     def _keys(self, shifted: Tensor, x: Tensor, table: Rope, *, fading: bool = False) -> tuple[Tensor, Tensor]:
         """Keys of `shifted`, turned by `table`, and values of `x`."""
@@ -251,63 +252,55 @@ class Mixer(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, shifted: Tensor, y: Tensor | None, prediction: Prediction,
         state: State | None, layout: Layout, trace: Trace | None,
     ) -> tuple[Tensor, State]:  # fmt: skip
-        """Every chunk of queries against [eidetic slots | fading | window], as one batch of dense blocks."""
-        config, N = self.config, layout.chunks
+        """The queries against window, fading tokens and eidetic slots: `bmojo.memory.read`."""
+        config = self.config
         W, F, stride = self.window, config.fading_span, config.fading_stride
         assert W is not None
         k, v = (layout.history(None if state is None else state[n], z, W) for n, z in (("k", k), ("v", v)))
-        keys, values = [blocks(k, N, layout.chunk, W)], [blocks(v, N, layout.chunk, W)]
-        masks = [layout.reachable(W, 1, 0, W)]
         new = {"k": layout.ring(k, W), "v": layout.ring(v, W)}
+        sources, slots = [Source(self._as_compared(k), v, W, 1, 0, W)], None
         if self.has_fading:
             assert y is not None
             size = fading_entries(config)
             every = slice(stride - 1, None, stride)
             cos, sin = self._rope(layout, y.dtype)
-            fading = self._keys(y[:, every], y[:, every], (cos[:, every], sin[:, every]), fading=True)
-            for name, rows, out in zip(("fading_k", "fading_v"), fading, (keys, values), strict=True):
-                past = layout.history(None if state is None else state[name], rows, size, stride)
-                out.append(blocks(past, N, layout.chunk // stride, size, W // stride))
-                new[name] = layout.ring(past, size, stride)
-            masks.append(layout.reachable(size, stride, W, F))
+            rows = self._keys(y[:, every], y[:, every], (cos[:, every], sin[:, every]), fading=True)
+            past_k, past_v = (
+                layout.history(None if state is None else state[name], z, size, stride)
+                for name, z in zip(("fading_k", "fading_v"), rows, strict=True)
+            )
+            new |= {"fading_k": layout.ring(past_k, size, stride), "fading_v": layout.ring(past_v, size, stride)}
+            sources.append(Source(self._as_compared(past_k, fading=True), past_v, size, stride, W, F))
         if self.innovation is not None:
             score, part, loss = self.innovation(shifted, y, prediction, state, layout)
             new |= part
             if self.admission is not None:
                 odds = self.admission(x, shifted)
                 score = score * odds.detach().exp()
-            slot_k, slot_v, slot_mask, index, part = self._recall(k[:, W:], v[:, W:], score, state, layout)
+            slots, index, part = self._recall(k[:, W:], v[:, W:], score, state, layout)
             new |= part
-            keys.append(slot_k)
-            values.append(slot_v)
-            masks.append(slot_mask)
             if trace is not None:
                 trace.innovation.append(layout.restore(score))
                 trace.kept.append(part["slot_position"])
                 if loss is not None:
                     trace.losses.append(config.head_loss_weight * loss)
-        batch = q.shape[0]
-        mask = torch.cat([m.expand(batch, -1, -1, -1) for m in masks], -1)
-        own = torch.eye(layout.chunk, dtype=torch.bool, device=q.device)
-        mask[..., W : W + layout.chunk] |= own & ~layout.valid.unflatten(1, (N, -1))[..., None]  # padding sees itself
-        q = q.unflatten(1, (N, -1)).flatten(0, 1).transpose(1, 2)
-        k = torch.cat([z.transpose(2, 3) for z in self._as_compared(keys)], 3).flatten(0, 1)
-        mask = mask.flatten(0, 1)[:, None]
-        if self.admission is not None and trace is not None and odds.requires_grad:
+        usage = self.admission is not None and trace is not None and odds.requires_grad
+        o, used = read(q, sources, slots, layout, usage=usage)
+        if used is not None:
+            assert slots is not None
+            assert trace is not None
             held = 0 if state is None else config.eidetic_slots
             here = nn.functional.pad(layout.valid, (held, 0))  # tokens of other calls have no gradient in this one
-            used = largest_weights(q, k, mask, config.eidetic_slots).unflatten(0, (batch, N))
-            visible = slot_mask.any(2) & here.gather(1, index.flatten(1)).view_as(index)
+            first, last = slot_spans(slots.position, layout, W)
+            visible = (first <= last) & here.gather(1, index.flatten(1)).view_as(index)
             loss = usage_loss(odds, (index - held).clamp(min=0), used, visible)
             trace.losses.append(config.admission_loss_weight * loss)
-        o = attend(q, k, torch.cat([z.transpose(2, 3) for z in values], 3).flatten(0, 1), mask)
-        return o.transpose(1, 2).unflatten(0, (batch, N)).flatten(1, 2), new
+        return o, new
 
     def _recall(
         self, k: Tensor, v: Tensor, score: Tensor, state: State | None, layout: Layout
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, State]:
-        """Keys and values [B, N, E, K, P] of every chunk's eidetic set, their mask [B, N, chunk, E], where `select`
-        found them [B, N, E], and the new slots.
+    ) -> tuple[Slots, Tensor, State]:
+        """Every chunk's eidetic set, where `select` found it [B, N, E], and the new slots.
 
         `k` [B, L, K, P] is turned by true positions; the slots hold it so, or, for compact positions, turned back.
         """
@@ -345,10 +338,6 @@ class Mixer(nn.Module):
         if compact:
             turned = compact_positions(position, start, config.window + config.fading_span)
             slot_k = rotate(slot_k, self._table(turned, k.dtype))
-        query = layout.position.unflatten(1, (layout.chunks, -1))[..., None]
-        mask = (position >= 0)[:, :, None] & (position[:, :, None] <= query - config.window)
-        if not layout.whole:  # padding makes no use of a slot
-            mask = mask & layout.valid.unflatten(1, (layout.chunks, -1))[..., None]
         progress = torch.arange(config.chunk_size, device=k.device)
         count = (layout.next_position % config.chunk_size)[:, None]
         pending = score.gather(1, (layout.end[:, None] - count + progress).clamp(max=score.shape[1] - 1))
@@ -359,7 +348,7 @@ class Mixer(nn.Module):
             "slot_position": where,
             "pending": pending * (progress < count),
         }
-        return slot_k, slot_v, mask, index, new
+        return Slots(self._as_compared(slot_k), slot_v, position, config.window), index, new
 
     # one token
     def _step_attention(
@@ -372,13 +361,13 @@ class Mixer(nn.Module):
             return self._attend_step(q, [new["k"]], [new["v"]], [at.reachable_in_cache(new["k"].shape[1])]), new
         W, F, stride = self.window, config.fading_span, config.fading_stride
         new = {"k": at.put_in_ring(state["k"], k), "v": at.put_in_ring(state["v"], v)}
-        keys, values, masks = [new["k"]], [new["v"]], [at.reachable(W, 1, 0, W)]
+        keys, values, masks = [self._as_compared(new["k"])], [new["v"]], [at.reachable(W, 1, 0, W)]
         if self.has_fading:
             assert y is not None
             fading_k, fading_v = self._keys(y, y, self._rope(at, y.dtype), fading=True)
             new["fading_k"] = at.put_in_ring(state["fading_k"], fading_k, stride)
             new["fading_v"] = at.put_in_ring(state["fading_v"], fading_v, stride)
-            keys.append(new["fading_k"])
+            keys.append(self._as_compared(new["fading_k"], fading=True))
             values.append(new["fading_v"])
             masks.append(at.reachable(fading_entries(config), stride, W, F))
         if self.innovation is not None:
@@ -387,7 +376,7 @@ class Mixer(nn.Module):
             if config.positions == "compact":
                 start = at.position - at.position % config.chunk_size
                 slot_k = rotate(slot_k, self._table(compact_positions(position, start, W + F), slot_k.dtype))
-            keys.append(slot_k)
+            keys.append(self._as_compared(slot_k))
             values.append(state["slot_v"])
             masks.append((position >= 0) & (position <= at.position[:, None] - W))
             score, part = self.innovation.step(shifted, y, prediction, state, at)
@@ -398,7 +387,7 @@ class Mixer(nn.Module):
             if trace is not None:
                 trace.innovation.append(score[:, None])
                 trace.kept.append(new["slot_position"])
-        return self._attend_step(q, self._as_compared(keys), values, masks), new
+        return self._attend_step(q, keys, values, masks), new
 
     @staticmethod
     def _attend_step(q: Tensor, keys: list[Tensor], values: list[Tensor], masks: list[Tensor]) -> Tensor:

@@ -89,4 +89,6 @@ def gated_delta_chunked(
     return torch.stack(outputs, 1).transpose(2, 3).reshape(batch, time, heads, head_dim), S
 
 
-gated_delta = dispatched(chunked=gated_delta_chunked, naive=gated_delta_naive)
+gated_delta = dispatched(
+    chunked=gated_delta_chunked, naive=gated_delta_naive, fused={"cpu": "bmojo.ops.gated_delta_cpu:gated_delta"}
+)

@@ -94,4 +94,4 @@ def ssd_chunked(
     return y.transpose(2, 3).reshape(batch, time, heads, head_dim), h
 
 
-ssd = dispatched(chunked=ssd_chunked, naive=ssd_naive)
+ssd = dispatched(chunked=ssd_chunked, naive=ssd_naive, fused={"cpu": "bmojo.ops.ssd_cpu:ssd"})
