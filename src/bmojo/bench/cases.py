@@ -32,14 +32,17 @@ from bmojo.errors import ConfigError, nearest
 from bmojo.eval.decode import states_at
 from bmojo.memory.eidetic import select
 from bmojo.memory.layout import make_layout
+from bmojo.memory.read import Slots, Source, key_spans, read, slot_spans
 from bmojo.memory.spec import innovation_dim
 from bmojo.memory.state import MemoryState
 from bmojo.nn.loss import cross_entropy
 from bmojo.nn.mixer import Mixer
 from bmojo.nn.model import BMojoLM
 from bmojo.ops.attention import attend
+from bmojo.ops.dispatch import use_backend
 from bmojo.ops.gated_delta import gated_delta
 from bmojo.ops.innovation import rls, rls_start
+from bmojo.ops.s6 import s6
 from bmojo.ops.ssd import ssd
 from bmojo.train.loss import next_token_loss
 
@@ -49,6 +52,7 @@ CONTEXTS = (1024, 8192)
 LONGEST_CACHE = 16384  # an unbounded model reads no longer context before it decodes: that takes its square
 DECODED = 64  # tokens of a timed run: a whole chunk, so that what a chunk's end costs is in it
 VOCABULARY = 8192  # of the cross entropy at least
+PLAIN = "bmojo, plain PyTorch"
 PASSES = {False: "forward", True: "forward + backward"}
 
 CHOICES: dict[str, dict[str, Any]] = {
@@ -92,9 +96,15 @@ class Plan:
             raise ConfigError(f"unknown dtype {self.dtype!r}; {nearest(self.dtype, ('float32', 'bfloat16'))}")
         if self.dtype == "bfloat16" and self.device != "cuda":
             raise ConfigError("bfloat16 is measured on a GPU alone, and none is here; use float32")
-        for name in self.models:
-            for changes in self.changes:
-                config_of(name, self.size, changes)
+        for changes in self.changes:
+            chunks = {config_of(name, self.size, changes).chunk_size for name in (*self.models, "bmojo")}
+            for length in (self.lengths or ()) if "ops" in self.suites else ():
+                if short := [chunk for chunk in sorted(chunks) if length % chunk]:
+                    below = length // short[0] * short[0]
+                    raise ConfigError(
+                        f"the lengths of ops must be multiples of chunk ({short[0]}), got {length}; "
+                        f"use {below + short[0]}"
+                    )
 
     def cells(self) -> Iterator[Cell]:
         """In the order of SUITES."""
@@ -184,7 +194,7 @@ def config_of(
 def ops(at: Setting) -> Iterator[Cell]:
     for time in at.lengths:
         for backward in (False, True):
-            for case in (_ssd, _gated_delta, _s6, _attend, _cross_entropy):
+            for case in (_ssd, _gated_delta, _s6, _read, _cross_entropy):
                 yield at.cell(case.__name__[1:], case(at, time, backward), **{"pass": PASSES[backward]}, time=time)
         for forward_only in (_rls, _select):
             name = forward_only.__name__[1:]
@@ -224,6 +234,20 @@ def _with_gradients(at: Setting, function: Callable[[], Any], leaves: Sequence[T
     torch.autograd.grad(y, leaves, torch.ones_like(y))
 
 
+def _first(op: Callable[..., tuple[Tensor, Any]], *inputs: Tensor, **options: Any) -> Tensor:
+    return op(*inputs, **options)[0]
+
+
+def _plain(op: Op) -> Op:
+    """The op in plain PyTorch, where it has a kernel too."""
+
+    def run(*inputs: Tensor) -> Tensor:
+        with use_backend("chunked"):
+            return op(*inputs)
+
+    return run
+
+
 def _scan_inputs(at: Setting, config: ModelConfig, time: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype, heads = at.plan.torch_dtype, config.ssm_heads
     x = at.normal(at.batch, time, heads, config.ssm_head_dim).to(dtype)
@@ -240,7 +264,8 @@ def _ssd(at: Setting, time: int, backward: bool) -> list[Contestant]:
     products = at.batch * time * (min(chunk, time) * within / 2 + 2 * config.ssm_size * config.ssm_state_size)
     enter = partial(_op, at, inputs=inputs, time=time, backward=backward, multiply_adds=products)
     return [
-        enter("bmojo", lambda: lambda *z: ssd(*z, chunk_size=chunk)[0]),
+        enter("bmojo", lambda: partial(_first, ssd, chunk_size=chunk)),
+        enter(PLAIN, lambda: _plain(partial(_first, ssd, chunk_size=chunk))),
         enter("fla", lambda: rivals.fla_ssd(device), rival=True),
         enter("mamba-ssm", lambda: rivals.mamba_ssm_ssd(device, chunk), rival=True),
     ]
@@ -256,7 +281,8 @@ def _gated_delta(at: Setting, time: int, backward: bool) -> list[Contestant]:
     products = at.batch * time * (min(chunk, time) * within / 2 + 3 * config.ssm_size * size)
     enter = partial(_op, at, inputs=(q, k, v, beta, g), time=time, backward=backward, multiply_adds=products)
     return [
-        enter("bmojo", lambda: lambda *z: gated_delta(*z, chunk_size=chunk)[0]),
+        enter("bmojo", lambda: partial(_first, gated_delta, chunk_size=chunk)),
+        enter(PLAIN, lambda: _plain(partial(_first, gated_delta, chunk_size=chunk))),
         enter("transformers", lambda: rivals.qwen3_gated_delta(device, chunk), rival=True),
         enter("fla", lambda: rivals.fla_gated_delta(device), rival=True),
     ]
@@ -265,7 +291,8 @@ def _gated_delta(at: Setting, time: int, backward: bool) -> list[Contestant]:
 def _s6(at: Setting, time: int, backward: bool) -> list[Contestant]:
     """Each channel on its own, at the sizes of Mamba-1: twice the hidden size, states of 16 numbers."""
     dtype, device = at.plan.torch_dtype, at.plan.device
-    channels, size = 2 * at.config("mamba2").hidden_size, 16
+    config = at.config("mamba2")
+    channels, size, chunk = 2 * config.hidden_size, 16, config.chunk_size
     x = at.normal(at.batch, time, channels).to(dtype)
     dt = F.softplus(at.normal(at.batch, time, channels) - 4)
     A_log = torch.arange(1.0, size + 1, device=device).log().repeat(channels, 1)
@@ -273,7 +300,8 @@ def _s6(at: Setting, time: int, backward: bool) -> list[Contestant]:
     products = at.batch * time * channels * size * 3
     enter = partial(_op, at, inputs=(x, dt, A_log, B, C), time=time, backward=backward, multiply_adds=products)
     return [
-        enter("bmojo", _our_s6),
+        enter("bmojo", lambda: partial(_first, s6, chunk_size=chunk)),
+        enter(PLAIN, lambda: _plain(partial(_first, s6, chunk_size=chunk))),
         enter("mambapy", lambda: rivals.mambapy_s6(device), rival=True),
         enter("associative_scan", lambda: rivals.associative_scan_s6(device, False), rival=True),
         enter("associative_scan compiled", lambda: rivals.associative_scan_s6(device, True), rival=True, compiled=True),
@@ -281,51 +309,44 @@ def _s6(at: Setting, time: int, backward: bool) -> list[Contestant]:
     ]
 
 
-def _our_s6() -> Op:
-    try:
-        from bmojo.ops.s6 import s6
-    except ImportError as error:
-        raise Missing("not in this version of bmojo") from error
-    return lambda *z: s6(*z, chunk_size=64)[0]
-
-
-def _attend(at: Setting, time: int, backward: bool) -> list[Contestant]:
-    """The softmax of window, fading tokens and slots, every chunk of queries against its own keys."""
+def _read(at: Setting, time: int, backward: bool) -> list[Contestant]:
+    """The softmax of window, fading tokens and slots; and, of the same heads, attention over everything."""
     config, dtype, device = at.config("bmojo"), at.plan.torch_dtype, at.plan.device
-    mask = _memory_mask(config, time, device)
-    blocks, chunk, keys = mask.shape[1:]
-    heads, size = config.num_heads, config.head_dim
-    q, k, v = (at.normal(at.batch * blocks, heads, n, size).to(dtype) for n in (chunk, keys, keys))
-    mask = mask.expand(at.batch, -1, -1, -1).flatten(0, 1)[:, None]
-    products = 2 * heads * size * int(mask.sum())
-    whole = [at.normal(at.batch, heads, time, size).to(dtype) for _ in range(3)]
-    tokens = [z.transpose(1, 2).contiguous() for z in whole]
-    full = 2 * at.batch * heads * size * time * (time + 1) / 2
-    enter = partial(_op, at, time=time, backward=backward)
-    return [
-        enter("bmojo", lambda: lambda *z: attend(*z, mask), (q, k, v), multiply_adds=products),
-        enter("full attention", lambda: partial(attend, causal=True), whole, multiply_adds=full),
-        enter("flash-attn, full", lambda: rivals.flash_attention(device, None), tokens, multiply_adds=full, rival=True),
-        enter(
-            "flash-attn, window",
-            lambda: rivals.flash_attention(device, config.window),
-            tokens,
-            multiply_adds=None,
-            rival=True,
-        ),
-    ]
-
-
-def _memory_mask(config: ModelConfig, time: int, device: str) -> Tensor:
-    """[1, chunks, chunk, keys] of a sequence that starts: all that each query may see."""
-    W, span = config.window, config.fading_span
+    W, span, stride = config.window, config.fading_span, config.fading_stride
     assert W is not None
-    layout = make_layout(1, time, config.chunk_size, torch.device(device))
-    masks = [layout.reachable(W, 1, 0, W)]
-    if span:
-        masks.append(layout.reachable((W + span) // config.fading_stride, config.fading_stride, W, span))
-    late = (layout.position >= W).unflatten(1, (layout.chunks, -1))[..., None]
-    return torch.cat([*masks, late.expand(-1, -1, -1, config.eidetic_slots)], -1)
+    layout = make_layout(at.batch, time, config.chunk_size, torch.device(device))
+
+    def heads(*shape: int, count: int = config.num_kv_heads) -> Tensor:
+        return at.normal(at.batch, *shape, count, config.head_dim).to(dtype)
+
+    geometries = [(W, 1, 0, W)] + [((W + span) // stride, stride, W, span)] * (span > 0)
+    rows = [size + layout.slots // stride for size, stride, _, _ in geometries]
+    starts = torch.arange(0, layout.slots, layout.chunk, device=device)[:, None]
+    slot = torch.arange(config.eidetic_slots, device=device)
+    position = (slot * starts // max(1, config.eidetic_slots)).masked_fill(starts == 0, -1).expand(at.batch, -1, -1)
+    seen = [key_spans(layout, *geometry) for geometry in geometries] + [slot_spans(position, layout, W)]
+    pairs = sum(int((last - first + 1).clamp(min=0).expand(at.batch, *last.shape[1:]).sum()) for first, last in seen)
+    q = heads(layout.slots, count=config.num_heads)
+    memories = [heads(n) for n in rows for _ in range(2)] + [heads(layout.chunks, config.eidetic_slots)] * 2
+
+    def ours(q: Tensor, *kv: Tensor) -> Tensor:
+        sources = [Source(kv[2 * i], kv[2 * i + 1], *geometry) for i, geometry in enumerate(geometries)]
+        return read(q, sources, Slots(kv[-2], kv[-1], position, W), layout)[0]
+
+    enter = partial(_op, at, time=time, backward=backward)
+    products = 2 * config.num_heads * config.head_dim * pairs
+    full = config.num_heads * config.head_dim * at.batch * time * (time + 1)
+    tokens = [heads(time, count=config.num_heads) for _ in range(3)]
+    whole = [z.transpose(1, 2) for z in tokens]
+    flash = partial(rivals.flash_attention, device)
+    plain = [enter(PLAIN, lambda: _plain(ours), (q, *memories), multiply_adds=products)] if device == "cuda" else []
+    return [
+        enter("bmojo", lambda: ours, (q, *memories), multiply_adds=products),
+        *plain,
+        enter("full attention", lambda: partial(attend, causal=True), whole, multiply_adds=full),
+        enter("flash-attn, full", lambda: flash(None), tokens, multiply_adds=full, rival=True),
+        enter("flash-attn, window", lambda: flash(W), tokens, multiply_adds=None, rival=True),
+    ]
 
 
 def _cross_entropy(at: Setting, time: int, backward: bool) -> list[Contestant]:
@@ -333,7 +354,7 @@ def _cross_entropy(at: Setting, time: int, backward: bool) -> list[Contestant]:
     logits = at.normal(at.batch * time, size).to(at.plan.torch_dtype)
     labels = at.tokens(time, size).flatten()
     enter = partial(_op, at, inputs=(logits, labels), time=time, backward=backward, multiply_adds=0)
-    return [enter("bmojo", lambda: cross_entropy), enter("torch", lambda: F.cross_entropy)]
+    return [enter("bmojo", lambda: cross_entropy), enter("torch", lambda: F.cross_entropy, rival=True)]
 
 
 def _rls(at: Setting, time: int) -> list[Contestant]:
@@ -365,8 +386,13 @@ def _select(at: Setting, time: int) -> list[Contestant]:
 # layers
 def layers(at: Setting) -> Iterator[Cell]:
     device = at.plan.device
-    mamba2 = at.twin("mamba2", intermediate_size=0)
-    gdn = at.twin("gdn")
+    twins: list[tuple[str, ModelConfig, dict[str, Callable[..., Any]]]] = [
+        ("mamba2", at.twin("mamba2", intermediate_size=0), {"transformers": rivals.mamba2_layer}),
+        ("gdn", at.twin("gdn"), {"transformers": rivals.qwen3_next_layer}),
+    ]
+    if "mamba" in presets.PRESETS:
+        others = {"mambapy": rivals.mambapy_layer, "transformers with mambapy": rivals.mamba_layer}
+        twins.append(("mamba", at.twin("mamba", intermediate_size=0), others))
     window = at.config("swa")
     memories = {"bmojo": at.config("bmojo"), "bmojo_f": at.config("bmojo_f")}
     for time in at.lengths:
@@ -378,9 +404,12 @@ def layers(at: Setting) -> Iterator[Cell]:
                 apart = [enter("window and ssd apart", partial(_mixers, window, scan))]
                 only = [enter("window", partial(_mixers, window), window)]
                 yield at.cell(name, [*_our_layer(at, ours, time, backward), *apart, *only], **settings)
-            for name, ours, make in (("mamba2", mamba2, rivals.mamba2_layer), ("gdn", gdn, rivals.qwen3_next_layer)):
-                theirs = enter("transformers", partial(_one, make, ours, device), ours, rival=True)
-                yield at.cell(name, [*_our_layer(at, ours, time, backward), theirs], **settings)
+            for name, ours, rival_layers in twins:
+                theirs = [
+                    enter(who, partial(_one, make, ours, device), ours, rival=True)
+                    for who, make in rival_layers.items()
+                ]
+                yield at.cell(name, [*_our_layer(at, ours, time, backward), *theirs], **settings)
 
 
 def _mixers(*configs: ModelConfig) -> list[Any]:
@@ -505,7 +534,7 @@ def _model(
         forward = partial(next_token_loss, model) if backward else lambda batch: model(batch["tokens"])
         if compiled:
             forward = torch.compile(forward)
-        run = partial(_step if backward else _read, at, model, partial(forward, batch))
+        run = partial(_step if backward else _answer, at, model, partial(forward, batch))
         return Runner(run, parameters=_count(model))
 
     work = floor.model_work(config, at.batch, time, backward=backward)
@@ -526,7 +555,7 @@ def _their_model(
             run = partial(_step, at, model, lambda: model(tokens, labels=tokens, use_cache=False).loss)
         else:
             model.eval()
-            run = partial(_read, at, model, lambda: model(tokens, use_cache=True))
+            run = partial(_answer, at, model, lambda: model(tokens, use_cache=True))
         return Runner(run, parameters=_count(model))
 
     work = floor.model_work(config, at.batch, time, backward=backward)
@@ -540,7 +569,7 @@ def _step(at: Setting, model: nn.Module, loss: Callable[[], Tensor]) -> None:
     model.zero_grad()
 
 
-def _read(at: Setting, model: nn.Module, forward: Callable[[], Any]) -> None:
+def _answer(at: Setting, model: nn.Module, forward: Callable[[], Any]) -> None:
     _without_gradients(at, forward)
 
 

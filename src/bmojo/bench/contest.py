@@ -81,18 +81,21 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def race(contestants: Sequence[Contestant], rounds: int, timer: Timer, rates: Rates) -> dict[str, Any]:
     """`entries` of those that ran, and `absent`: why the others did not, by name."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what other libraries find to say of their own code
-        built, absent = _build(contestants, timer)
-        times: dict[str, list[float]] = {name: [] for name in built}
-        names = list(built)
+        warnings.simplefilter("ignore")  # what other libraries find to say of their own code
+        warnings.filterwarnings("default", module="bmojo")
         gc.collect()
-        gc.disable()
+        gc.freeze()  # what was there is not looked through again each time that memory is watched
         try:
+            built, absent = _build(contestants, timer)
+            times: dict[str, list[float]] = {name: [] for name in built}
+            names = list(built)
+            gc.disable()
             for first in range(rounds):
                 for name in (*names[first % len(names) :], *names[: first % len(names)]) if names else ():
                     times[name].append(_timed(built[name][0], timer))
         finally:
             gc.enable()
+            gc.unfreeze()
     reference = times.get(contestants[0].name)
     entries = []
     for contestant in contestants:

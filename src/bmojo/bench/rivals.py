@@ -66,20 +66,27 @@ def modeling(name: str, device: str) -> ModuleType:
     return module
 
 
-def transformers_model(config: ModelConfig, family: str, device: str, attention: str | None = None) -> Any:
+def transformers_model(
+    config: ModelConfig, family: str, device: str, attention: str | None = None, **settings: Any
+) -> Any:
     """A language model of Transformers with the sizes of `config`: "llama", "mamba2", ..."""
     transformers = load("transformers")
     modeling(family, device)
-    theirs = transformers.AutoConfig.for_model(**FORMATS[family].write(config))
+    theirs = transformers.AutoConfig.for_model(**FORMATS[family].write(config), **settings)
     options = {} if attention is None else {"attn_implementation": attention}
     if attention == "flash_attention_2":
         load("flash_attn", device)
     return transformers.AutoModelForCausalLM.from_config(theirs, **options).to(device)
 
 
-def mamba2_layer(config: ModelConfig, device: str) -> nn.Module:
-    model = transformers_model(config, "mamba2", device)
-    return model.backbone.layers[0].mixer
+def mamba2_layer(config: ModelConfig, device: str) -> Any:
+    return transformers_model(config, "mamba2", device).backbone.layers[0].mixer
+
+
+def mamba_layer(config: ModelConfig, device: str) -> Any:
+    """Transformers' own scan is a loop whose backward pass takes the square of the length; it can borrow mambapy's."""
+    load("mambapy.pscan")
+    return transformers_model(config, "mamba", device, use_mambapy=True).backbone.layers[0].mixer
 
 
 def qwen3_next_layer(config: ModelConfig, device: str) -> nn.Module:
