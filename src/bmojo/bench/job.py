@@ -47,7 +47,7 @@ def made_here(command: str) -> Results:
 
 
 def go_on(results: Results, folder: Path) -> Results:
-    """`results` with the cells that are in the folder. Raises CheckpointError if these were made elsewhere."""
+    """What is in the folder, or else `results`. Raises CheckpointError if it was made elsewhere."""
     if not (folder / RESULTS).exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} holds something that is no benchmark; use another --out")
@@ -63,7 +63,7 @@ def go_on(results: Results, folder: Path) -> Results:
                 f"the results in {folder} are of another machine or version: {name} was {_told(then)}, it is "
                 f"{_told(now)} here; timings don't mix: use another --out, or make it the same again"
             )
-    return results | {"cells": before["cells"]}
+    return before
 
 
 def run(
@@ -78,7 +78,7 @@ def run(
             rates = rates or measure_rates(timer, plan.device, plan.torch_dtype)
             found = measure(cell, rounds, timer, rates, plan)
             results["cells"].append(found)
-            results["created"] = _now()
+            results |= {"created": _now(), "command": command}
             check_schema(results, "bmojo.bench")
             write_json(folder / RESULTS, results)
             tell(line(cell, found))
