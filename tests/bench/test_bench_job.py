@@ -160,11 +160,11 @@ def test_bad_plans_are_refused(small):
 
 
 def test_unbounded_models_are_absent_at_long_contexts_and_named(small, quick, monkeypatch):
-    monkeypatch.setattr(cases, "LONGEST_CACHE", 16)
+    monkeypatch.setattr(cases, "LONGEST_READ", 16)
     plan = Plan(("decode",), contexts=(24,), changes=(small,), models=("bmojo", "transformer"))
     cell = next(plan.cells())
     found = job.measure(cell, 1, job.stopwatch("cpu"), Rates(1, 1), plan)
     assert names(found) == ["bmojo"]
-    assert found["absent"]["transformer"] == "a cache of 24 tokens is not filled here: at most 16"
+    assert found["absent"]["transformer"] == "it would have to read 24 tokens at once: at most 16 here"
     assert "transformers, Llama" in found["absent"]
     check_schema(job.made_here("x") | {"cells": [found]}, "bmojo.bench")

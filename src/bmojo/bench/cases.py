@@ -49,7 +49,8 @@ from bmojo.train.loss import next_token_loss
 LENGTHS = {"ops": (1024,), "layers": (1024,), "train": (512, 2048), "prefill": (2048,), "memory": (1024, 4096),
            "choices": (1024,)}  # fmt: skip
 CONTEXTS = (1024, 8192)
-LONGEST_CACHE = 16384  # an unbounded model reads no longer context before it decodes: that takes its square
+LONGEST_EAGER = 4096  # longer, the scores of attention that writes them out take many GiB
+LONGEST_READ = 16384  # a model that can't read it in segments, or takes its square, reads no longer context
 DECODED = 64  # tokens of a timed run: a whole chunk, so that what a chunk's end costs is in it
 VOCABULARY = 8192  # of the cross entropy at least
 PLAIN = "bmojo, plain PyTorch"
@@ -161,6 +162,8 @@ class Setting:
         common = {"batch": self.batch, "size": self.plan.size, "dtype": self.plan.dtype, "set": self.changes}
         if self.plan.compiled and any(contestant.compiled for contestant in contestants):
             common["compiled"] = True
+        if case == "family" and set(self.plan.models) != set(presets.PRESETS):
+            common["models"] = sorted(self.plan.models)
         return Cell(self.suite, case, {**settings, **common}, tuple(contestants))
 
     def tokens(self, time: int, vocab_size: int) -> Tensor:
@@ -547,6 +550,8 @@ def _their_model(
     """A model of Transformers with the sizes of `config`, on the same tokens."""
 
     def build() -> Runner:
+        if attention == "eager" and time > LONGEST_EAGER:
+            raise Missing(f"its scores take the square of {time:,} tokens: at most {LONGEST_EAGER:,} here")
         torch.manual_seed(0)
         model = rivals.transformers_model(config, family, at.plan.device, attention)
         tokens = at.tokens(time, config.vocab_size)
@@ -597,7 +602,8 @@ def _decoding(at: Setting, name: str, config: ModelConfig, context: int) -> Cont
     """Greedy tokens, one by one, from the same state each time."""
 
     def build() -> Runner:
-        _require_short(config, context)
+        if not presets.bounded(config):
+            _require_short(context)
         model = _build(at, config).eval()
         held: list[MemoryState] = []
         with torch.inference_mode(), at.precision():
@@ -626,7 +632,7 @@ def _their_decoding(at: Setting, name: str, config: ModelConfig, family: str, co
     """The same by a model of Transformers, with its cache."""
 
     def build() -> Runner:
-        _require_short(config, context)
+        _require_short(context)
         torch.manual_seed(0)
         model = rivals.transformers_model(config, family, at.plan.device).eval()
         kept = "past_key_values" if family == "llama" else "cache_params"
@@ -652,9 +658,9 @@ def _their_decoding(at: Setting, name: str, config: ModelConfig, family: str, co
     return Contestant(name, build, at.batch * DECODED, work, rival=True)
 
 
-def _require_short(config: ModelConfig, context: int) -> None:
-    if context > LONGEST_CACHE and not presets.bounded(config):
-        raise Missing(f"a cache of {context:,} tokens is not filled here: at most {LONGEST_CACHE:,}")
+def _require_short(context: int) -> None:
+    if context > LONGEST_READ:
+        raise Missing(f"it would have to read {context:,} tokens at once: at most {LONGEST_READ:,} here")
 
 
 # memory, streams, choices
