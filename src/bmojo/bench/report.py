@@ -117,6 +117,7 @@ def _title(cell: Found) -> str:
     parts = [settings["pass"], settings["size"]]
     parts += [f"batch {settings['batch']}"] * (settings["batch"] > 1)
     parts += [settings["dtype"]] * (settings["dtype"] != "float32")
+    parts += ["compiled too"] * ("compiled" in settings)
     if "models" in settings:
         parts.append(f"of {', '.join(settings['models'])}")
     parts += [f"{name} {value}" for name, value in settings["set"].items()]
