@@ -31,6 +31,8 @@ class Verb(NamedTuple):
 
 VERBS = {
     "compare": Verb("bmojo.cli.compare", "Train and compare models on equal terms, and write a report.", resumes=True),
+    "bench": Verb("bmojo.cli.bench", "Time ops and models beside other libraries' in one run.", resumes=True),
+    "bench report": Verb("bmojo.cli.bench", "Tables and figures of what `bmojo bench` measured."),
     "info": Verb("bmojo.cli.info", "Parameters, FLOPs and state bytes of a configuration."),
     "train": Verb("bmojo.cli.train", "Train a model on text.", resumes=True),
     "eval": Verb("bmojo.cli.eval", "Bits per byte of a trained model on text."),

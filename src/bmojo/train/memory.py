@@ -23,6 +23,13 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def memory_bytes() -> int | None:
+    """Bytes allocated on the accelerator, or else resident in this process; None where the system does not tell."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return _from_status("VmRSS")
+
+
 def peak_memory_bytes() -> int:
     """Bytes allocated on the accelerator, or else resident in this process, at most since `reset_peak_memory`.
 
@@ -30,10 +37,16 @@ def peak_memory_bytes() -> int:
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):
-        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if match:
-            return int(match[1]) * 1024
+    if (peak := _from_status("VmHWM")) is not None:
+        return peak
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _from_status(name: str) -> int | None:
+    """A size that Linux tells of this process."""
+    with contextlib.suppress(OSError):
+        match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(match[1]) * 1024 if match else None
+    return None
