@@ -71,7 +71,10 @@ void select_rows(const Sizes& s, int64_t begin, int64_t end, const T* value, int
         const volatile T faded = static_cast<T>(now - token.position) * rate;  // rounded: PyTorch fuses no operations
         order[i] = {token.position < 0 ? least : value[b * s.entries + token.entry] - faded, static_cast<int64_t>(i)};
       }
-      std::partial_sort(order.begin(), order.begin() + s.slots, order.end());
+      const auto held = order.begin() + s.chunk;
+      std::sort(order.begin(), held);
+      if (!std::is_sorted(held, order.end())) std::sort(held, order.end());  // rounding, or a reset
+      std::inplace_merge(order.begin(), held, order.end());
       for (int64_t e = 0; e < s.slots; ++e) {
         set[e] = candidates[order[e].place];
         if (!(order[e].value > least)) set[e].position = -1;
