@@ -9,8 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bmojo.memory import eidetic_cpu
 from bmojo.memory.eidetic import compact_positions, keep_best, select_chunked, select_naive
 from bmojo.memory.layout import make_layout
+
+each_form = pytest.mark.parametrize("form", [select_chunked, select_naive, eidetic_cpu.select])
 
 
 @st.composite
@@ -58,6 +61,55 @@ def test_streaming_selection_equals_ranking_the_past(case):
     assert ((got[0] >= 0) & (got[0] < first + layout.slots)).all()  # an empty slot too points at something
 
 
+def same(got, expected):
+    for a, b in zip((*got[:2], *got[2]), (*expected[:2], *expected[2]), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@given(selections(), st.booleans(), st.sampled_from((torch.float32, torch.float64)))
+def test_the_kernel_makes_the_same_sets_in_the_same_order(case, broken, dtype):
+    """Bit for bit, empty slots too, and where scores are no numbers."""
+    score, layout, slots, options = case
+    score = score.to(dtype)
+    if broken:
+        score[:, ::3], score[0, 1:2], score[1, 2:3] = torch.nan, torch.inf, -torch.inf
+    if options["held"] is not None:
+        options["held"] = options["held"][0].to(dtype), options["held"][1]
+    same(eidetic_cpu.select(score, layout, slots, **options), select_chunked(score, layout, slots, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decay", [1.0, 0.999, 0.3])
+@pytest.mark.parametrize("slots", [1, 32, 200])
+def test_the_kernel_ranks_as_pytorch_does(slots, decay, dtype):
+    """The age is multiplied by the decay's logarithm, and subtracted: each is rounded, and that decides near ties."""
+    generator = torch.Generator().manual_seed(0)
+    position = torch.tensor([0, 10**6])
+    layout = make_layout(2, 1024, 32, torch.device("cpu"), position=position, document=position * 0)
+    held = torch.rand(2, slots, generator=generator, dtype=dtype), torch.full((2, slots), -1)
+    held[1][1] = torch.randperm(10**6, generator=generator)[:slots]
+    score = torch.randint(1, 4, (2, layout.slots), generator=generator).to(dtype) / 4
+    score = score * decay ** (layout.position % 64).to(dtype).neg()  # many tie, or would if nothing were rounded
+    options = {"decay": decay, "threshold": 0.1, "held": held}
+    same(eidetic_cpu.select(score, layout, slots, **options), select_chunked(score, layout, slots, **options))
+
+
+def test_the_kernel_as_compilers_see_it():
+    layout = make_layout(2, 12, 4, torch.device("cpu"))
+    score = torch.rand(2, 12, generator=torch.Generator().manual_seed(0))
+    position, complete = torch.cat((torch.full((2, 3), -1), layout.position), 1), layout.complete.contiguous()
+    value = torch.nn.functional.pad(score, (3, 0))
+    for resets in (None, torch.zeros_like(complete)):
+        args = (value, position, complete, resets, 3, 4, 0.1)
+        torch.library.opcheck(torch.ops.bmojo.select.default, args)
+
+    def call(score):
+        return eidetic_cpu.select(score, make_layout(2, 12, 4, score.device), 3, decay=0.9, threshold=0.1)
+
+    same(torch.compile(call, backend="aot_eager", fullgraph=True)(score), call(score))
+
+
 def best(score, position, slots=2, now=10, decay=1.0, threshold=0.0):
     order, is_one = keep_best(
         torch.tensor([score]), torch.tensor([position]), torch.tensor([now]), slots, decay=decay, threshold=threshold
@@ -74,12 +126,19 @@ def test_what_the_slots_keep():
     assert best([0.5, 0.9], [9, 1], decay=0.9, now=10**6) == [9, 1]  # the order does not depend on the age of both
 
 
+def test_the_age_does_not_cost_the_order_of_float64():
+    score, position = torch.tensor([[0.5, 0.5 / 0.9 * (1 + 1e-6)]], dtype=torch.float64), torch.tensor([[9, 8]])
+    for now in (10, *range(10**6, 10**6 + 9)):
+        order, _ = keep_best(score, position, torch.tensor([now]), 2, decay=0.9, threshold=0.0)
+        assert order.tolist() == [[1, 0]]
+
+
 def test_many_ties_go_to_the_newer():
     newest_first = list(range(99, -1, -1))
     assert best([0.5] * 100, newest_first, slots=7, now=100) == newest_first[:7]
 
 
-@pytest.mark.parametrize("form", [select_chunked, select_naive])
+@each_form
 @pytest.mark.parametrize(
     ("case", "score", "given", "held", "options", "sets"),
     [
@@ -118,7 +177,7 @@ def test_sets_in_small_numbers(form, case, score, given, held, options, sets):
     assert torch.equal(value[where >= 0], known[last][where >= 0])
 
 
-@pytest.mark.parametrize("form", [select_chunked, select_naive])
+@each_form
 def test_chunks_of_one_token(form):
     layout = make_layout(1, 1, 1, torch.device("cpu"))
     _, position, (score, where, _) = form(torch.tensor([[0.5]]), layout, 2, decay=1.0, threshold=0.0)

@@ -8,19 +8,22 @@ import torch.nn.functional as F
 from cases import close
 
 from bmojo.ops import innovation as ops
+from bmojo.ops import innovation_cpu
 
 CHUNK, DIM = 4, 5
+each_rls = pytest.mark.parametrize("rls", [ops.rls_chunked, innovation_cpu.rls])
 
 
-def features(time: int, seed: int = 0) -> torch.Tensor:
+def features(time: int, seed: int = 0, dim: int = DIM) -> torch.Tensor:
     return F.normalize(
-        torch.randn(2, time, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), dim=-1
+        torch.randn(2, time, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), dim=-1
     )
 
 
+@each_rls
 @pytest.mark.parametrize("forgetting", [1.0, 0.995, 0.7])
 @pytest.mark.parametrize("packed", [False, True])
-def test_rls_chunked_equals_naive_and_steps(forgetting, packed):
+def test_rls_equals_naive_and_steps(rls, forgetting, packed):
     k, valid = features(6 * CHUNK), torch.ones(2, 6 * CHUNK, dtype=torch.bool)
     resets = torch.zeros(2, 6, dtype=torch.bool)
     if packed:  # documents end inside chunks, the call begins inside one and ends inside one
@@ -28,7 +31,7 @@ def test_rls_chunked_equals_naive_and_steps(forgetting, packed):
         resets[0, 3] = resets[1, 2] = True
     start = ops.rls_start(2, DIM, k)
     options = {"chunk_size": CHUNK, "forgetting": forgetting, "resets": resets if packed else None}
-    scores, A, M = ops.rls_chunked(k, valid, *start, **options)
+    scores, A, M = rls(k, valid, *start, **options)
     naive = ops.rls_naive(k, valid, *start, **options)
     for got, want in zip((scores, A, M), naive, strict=True):
         close(got, want, 1e-11)
@@ -40,15 +43,76 @@ def test_rls_chunked_equals_naive_and_steps(forgetting, packed):
             close(score, naive[0][:, t], 1e-11)
 
 
-def test_rls_scores_what_is_new_above_what_was_seen():
+@each_rls
+def test_rls_scores_what_is_new_above_what_was_seen(rls):
     k = torch.eye(DIM, dtype=torch.float64)[[0, 0, 0, 0, 0, 1, 0, 1]][None]
-    scores = ops.rls_chunked(
-        k, torch.ones(1, 8, dtype=torch.bool), *ops.rls_start(1, DIM, k), chunk_size=CHUNK, forgetting=0.99
-    )[0][0]
+    scores = rls(k, torch.ones(1, 8, dtype=torch.bool), *ops.rls_start(1, DIM, k), chunk_size=CHUNK, forgetting=0.99)[
+        0
+    ][0]
     assert scores[0] > 0.9
     close(scores[5], scores[0], 1e-4)  # a direction never seen, whenever it comes; rho grows by tr(A) / 1e5
     assert (scores[1:5].diff() < 0).all()
     assert scores[7] < scores[5]
+
+
+@each_rls
+@pytest.mark.parametrize(("dim", "chunk"), [(1, 3), (8, 16), (33, 7), (64, 32)])  # with and without whole vectors
+def test_rls_of_any_size(rls, dim, chunk):
+    k, valid = features(3 * chunk, dim=dim), torch.rand(2, 3 * chunk, generator=torch.Generator().manual_seed(1)) < 0.8
+    start, options = ops.rls_start(2, dim, k), {"chunk_size": chunk, "forgetting": 0.98}
+    expected = ops.rls_naive(k, valid, *start, **options)
+    for got, want in zip(rls(k, valid, *start, **options), expected, strict=True):
+        close(got, want, 1e-11)
+    single = rls(k.float(), valid, *(z.float() for z in start), **options)
+    for got, want, tolerance in zip(single, expected, (2e-6, 1e-5, 1e-5), strict=True):
+        assert got.dtype == torch.float32
+        close(got.double(), want, tolerance)
+    half = rls(k.bfloat16(), valid, *(z.float() for z in start), **options)
+    assert {z.dtype for z in half} == {torch.float32}
+
+
+@each_rls
+def test_rls_in_float32_where_the_precision_is_ill_conditioned(rls):
+    """4,000 tokens in a plane, one that leaves it, nothing forgotten: M has a condition number of 1e4."""
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(1, 4096, 2, generator=generator) @ torch.randn(2, 32, generator=generator)
+    k[:, 4000] = torch.randn(32, generator=generator)
+    k, valid, options = F.normalize(k, dim=-1), torch.ones(1, 4096, dtype=torch.bool), {"chunk_size": 64}
+    expected, _, M = ops.rls_chunked(k.double(), valid, *ops.rls_start(1, 32, k.double()), **options, forgetting=1.0)
+    assert torch.linalg.cond(M) > 1e4
+    scores = rls(k, valid, *ops.rls_start(1, 32, k), **options, forgetting=1.0)[0]
+    assert (scores - expected).abs().max() < 1e-4
+    assert ((scores - expected).abs() / expected).max() < (2e-3 if rls is ops.rls_chunked else 2e-4)
+    assert expected[0, 4000] > 0.8
+
+
+def test_rls_in_cpp_what_is_not_a_number_stays_in_its_row_and_in_its_future():
+    k, valid = features(3 * CHUNK), torch.ones(2, 3 * CHUNK, dtype=torch.bool)
+    valid[1, 5] = False
+    options = {"chunk_size": CHUNK, "forgetting": 0.9}
+    expected = innovation_cpu.rls(k, valid, *ops.rls_start(2, DIM, k), **options)
+    for bad in (torch.nan, torch.inf):
+        k[0, 5, 2] = k[1, 5, 2] = bad  # a token, and padding
+        scores, A, M = innovation_cpu.rls(k, valid, *ops.rls_start(2, DIM, k), **options)
+        assert torch.equal(scores[0, :5], expected[0][0, :5])
+        assert scores[0, 5:].isnan().all()
+        for got, want in zip((scores, A, M), expected, strict=True):
+            assert torch.equal(got[1], want[1])
+        assert not A[0].isfinite().all()
+    start, broken = ops.rls_start(2, DIM, k), -torch.eye(DIM, dtype=k.dtype).expand(2, -1, -1)
+    scores = innovation_cpu.rls(features(CHUNK), valid[:, :CHUNK], start[0], broken, **options)[0]
+    assert scores.isnan().all()  # a precision that is none
+
+
+def test_rls_in_cpp_as_compilers_see_it():
+    k, valid = features(4 * CHUNK), torch.ones(2, 4 * CHUNK, dtype=torch.bool)
+    for resets in (None, torch.zeros(2, 4, dtype=torch.bool)):
+        args = (k, valid, *ops.rls_start(2, DIM, k), resets, CHUNK, 0.9, ops.RLS_RIDGE, ops.RLS_CONDITION)
+        torch.library.opcheck(torch.ops.bmojo.rls.default, args)
+    run = torch.compile(innovation_cpu.rls, backend="aot_eager", fullgraph=True)
+    options = {"chunk_size": CHUNK, "forgetting": 0.9}
+    for got, want in zip(*(f(*args[:4], **options) for f in (run, innovation_cpu.rls)), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -114,13 +178,14 @@ def test_random_scores_stay_what_they_are():
         assert (ops.position_score("random", position, seed) * 2**24).tolist() == values
 
 
-def test_leverage_in_small_numbers():
+@each_rls
+def test_leverage_in_small_numbers(rls):
     """Two chunks of one token in one dimension: M = 0.1, then g k^2 + 0.1 + k^2 / 1e5."""
     k, g = torch.tensor([[[1.0], [1.0]]], dtype=torch.float64), 0.5
     A, M = ops.rls_start(1, 1, k)
     assert A.dtype == M.dtype == torch.float64
     assert (A.item(), M.item()) == (0, 0.1)
-    scores, A, M = ops.rls_chunked(k, torch.ones(1, 2, dtype=torch.bool), A, M, chunk_size=1, forgetting=g)
+    scores, A, M = rls(k, torch.ones(1, 2, dtype=torch.bool), A, M, chunk_size=1, forgetting=g)
     second = 1 / (g + 0.1 + 1e-5)
     close(scores[0], torch.tensor([10 / 11, second / (1 + second)], dtype=torch.float64), 1e-14)
     close(A[0, 0], torch.tensor([1 + g], dtype=torch.float64), 1e-14)

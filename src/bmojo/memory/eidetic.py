@@ -23,7 +23,7 @@ def rank(score: Tensor, position: Tensor, now: Tensor, *, decay: float, threshol
     """log(score * decay^age) of each candidate [batch, n]; -inf for an empty or inadmissible one. `now` [batch]."""
     value = score.clamp(min=torch.finfo(score.dtype).tiny).log()
     if decay < 1:
-        value = value - (now[:, None] - position) * -math.log(decay)
+        value = value - (now[:, None] - position).to(score.dtype) * -math.log(decay)
     return value.masked_fill((position < 0) | (score < threshold), -torch.inf)
 
 
@@ -106,7 +106,7 @@ def select_naive(
     return sets[:, :-1], positions[:, :-1], (scores[:, -1], positions[:, -1], sets[:, -1])
 
 
-select = dispatched(chunked=select_chunked, naive=select_naive)
+select = dispatched(chunked=select_chunked, naive=select_naive, fused={"cpu": "bmojo.memory.eidetic_cpu:select"})
 
 
 def compact_positions(position: Tensor, start: Tensor, reach: int) -> Tensor:

@@ -118,7 +118,11 @@ def rls_chunked(
     return ((1 - 1 / variance).clamp(min=0) * alive).view(batch, time), A, M
 
 
-rls = dispatched(chunked=rls_chunked, naive=rls_naive, fused={"cuda": "bmojo.ops.triton_rls:rls"})
+rls = dispatched(
+    chunked=rls_chunked,
+    naive=rls_naive,
+    fused={"cpu": "bmojo.ops.innovation_cpu:rls", "cuda": "bmojo.ops.triton_rls:rls"},
+)
 
 
 @exact
