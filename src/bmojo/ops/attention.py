@@ -45,4 +45,5 @@ def largest_weights(q: Tensor, k: Tensor, mask: Tensor, count: int) -> Tensor:
     return largest
 
 
-attend = dispatched(chunked=attend_chunked, naive=attend_naive)
+# PyTorch's fused kernels are none of XLA's: it fuses what it is given
+attend = dispatched(chunked=attend_chunked, naive=attend_naive, fused={"xla": "bmojo.ops.attention:attend_naive"})
