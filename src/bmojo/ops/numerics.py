@@ -37,4 +37,5 @@ def at_least_float32(x: Tensor) -> Tensor:
 def repeat_groups(x: Tensor, heads: int) -> Tensor:
     """[..., groups, size] -> [..., heads, size]: consecutive heads share a group."""
     groups = x.shape[-2]
-    return x if groups == heads else x.repeat_interleave(heads // groups, dim=-2)
+    shape = (*x.shape[:-1], heads // groups, x.shape[-1])
+    return x if groups == heads else x[..., None, :].expand(shape).flatten(-3, -2)
