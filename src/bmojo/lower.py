@@ -95,8 +95,8 @@ def training_step(
             trained[name] = kept - learning_rate * update
         return value, {"weights": trained | fixed, "mean": mean, "square": square, "step": count}
 
-    example = torch.zeros(batch, time, dtype=torch.int64)
-    return step, (training_state(model), torch.tensor(1e-3), example, example)
+    tokens, labels = (torch.zeros(batch, time, dtype=torch.int64) for _ in range(2))  # one tensor would be one input
+    return step, (training_state(model), torch.tensor(1e-3), tokens, labels)
 
 
 def prefill(model: BMojoLM, *, batch: int, time: int, context: int = 0) -> Lowerable:
