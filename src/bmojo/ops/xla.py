@@ -60,7 +60,8 @@ def solve_unit_lower(system: Tensor, right: Tensor) -> Tensor:
     inverse, width = torch.ones_like(system[..., :1, None]), 1  # [..., blocks, width, width]
     while width < whole:
         pairs = system.unflatten(-1, (-1, 2 * width)).unflatten(-3, (-1, 2 * width))  # [..., a, i, b, j]
-        below = pairs.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)[..., width:, :width]
+        same = torch.eye(pairs.shape[-2], dtype=system.dtype, device=system.device)[:, None, :, None]
+        below = (pairs[..., width:, :, :width] * same).sum(-2)
         upper, lower = inverse.unflatten(-3, (-1, 2)).unbind(-3)
         corner = -(lower @ below @ upper)
         inverse = torch.cat((torch.cat((upper, torch.zeros_like(corner)), -1), torch.cat((corner, lower), -1)), -2)
