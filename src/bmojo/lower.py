@@ -168,7 +168,40 @@ def _pad(x: Tensor, sizes: list[int], dim: int, before: int) -> Tensor:
     return torch.constant_pad_nd(x, (0, 0) * (len(sizes) - 1 - dim) + (before, after))
 
 
+def _remainder(x: Tensor, divisor: int) -> Tensor:
+    """Of integers by a power of two, of any sign: what Neuron's list of operators has, and exact at any position."""
+    return x & (divisor - 1) if _is_power(x, divisor) else NotImplemented
+
+
+def _floor_divide(x: Tensor, divisor: int) -> Tensor:
+    return x >> (divisor.bit_length() - 1) if _is_power(x, divisor) else NotImplemented
+
+
+def _is_power(x: Tensor, divisor: int) -> bool:
+    whole = isinstance(divisor, int) and not x.dtype.is_floating_point
+    return whole and divisor > 0 and divisor & (divisor - 1) == 0
+
+
+def _cumsum(x: Tensor, dim: int, **_: Any) -> Tensor:
+    return NotImplemented if x.dtype.is_floating_point else x.to(torch.float32).cumsum(dim).long()
+
+
+def _any(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    return x.to(torch.float32).amax(dim, keepdim) > 0
+
+
+def _index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Without torchax' check of the indices, a reduction that Neuron has not."""
+    return x[(*(slice(None),) * (dim % x.ndim), index)]
+
+
 _DECOMPOSITIONS = {
+    torch.ops.aten.cumsum.default: _cumsum,
+    torch.ops.aten.any.dim: _any,
+    torch.ops.aten.index_select.default: _index_select,
+    torch.ops.aten.embedding.default: lambda weight, indices, *_: weight[indices],
+    torch.ops.aten.remainder.Scalar: _remainder,
+    torch.ops.aten.floor_divide.default: _floor_divide,
     # torchax looks up the label that means none; PyTorch's own decomposition masks it
     **get_decompositions([torch.ops.aten.nll_loss_forward, torch.ops.aten.nll_loss_backward]),
     torch.ops.aten.slice_backward.default: _slice_backward,
@@ -208,6 +241,10 @@ class Program:
         """The program as text, with one function `main`; integers are 32 bits wide, as NeuronCores have them."""
         return self._lowered.as_text()
 
+    def hlo(self) -> bytes:
+        """The program as a serialised HloModuleProto: what `neuronx-cc compile --framework XLA` reads."""
+        return self._lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
+
     def _operations(self) -> Iterator[Any]:
         todo = [self._lowered.compiler_ir("stablehlo").operation]
         while todo:
@@ -216,22 +253,24 @@ class Program:
             todo += [inner.operation for region in operation.regions for block in region for inner in block.operations]
 
     def operators(self) -> Counter[str]:
-        """How often each operator occurs; a custom call as "custom_call NAME"."""
-        counts: Counter[str] = Counter()
-        for operation in self._operations():
-            dialect, _, name = operation.name.partition(".")
-            if dialect not in ("builtin", "func") and name != "return":
-                target = f" {operation.attributes['call_target_name'].value}" if name == "custom_call" else ""
-                counts[(name if dialect == "stablehlo" else operation.name) + target] += 1
-        return counts
+        """How often each operator occurs. With the name of a custom call goes its target, with that of an operator
+        that Neuron compiles in part what it is made of: "reduce add f32", "scatter i32" (which overwrites)."""
+        names = (_described(operation) for operation in self._operations())
+        return Counter(name for name in names if name is not None)
 
     def element_types(self) -> set[str]:
         """The types of number that the program computes with, such as "f32" and "i1"."""
         results = (result.type for operation in self._operations() for result in operation.results)
         return {str(getattr(kind, "element_type", kind)) for kind in results}
 
+    def undocumented(self) -> list[str]:
+        """The operators, and types of number, that Neuron's documentation does not say that it compiles."""
+        known = neuron_operators()
+        documented = known["listed"].keys() | known["elsewhere"].keys() | known["in_part"].keys()
+        return sorted(self.operators().keys() - documented | self.element_types() - set(known["element_types"]))
+
     def compile(self) -> Callable[..., Any]:
-        """The program compiled by XLA for this machine's CPU, as a function of tensors."""
+        """The program compiled by XLA for JAX's default device, as a function of tensors."""
         _, torchax = _torchax()
         environment, run = torchax.default_env(), self._lowered.compile()
 
@@ -240,6 +279,24 @@ class Program:
             return pytree.tree_map(lambda array: torch.from_numpy(_writable(array)), run(*converted))
 
         return call
+
+
+def _described(operation: Any) -> str | None:
+    """What `Program.operators` calls an operation; None for what is structure alone."""
+    dialect, _, name = operation.name.partition(".")
+    if dialect in ("builtin", "func") or name == "return":
+        return None
+    if dialect != "stablehlo":
+        return operation.name
+    match name:
+        case "custom_call":
+            return f"{name} {operation.attributes['call_target_name'].value}"
+        case "reduce" | "reduce_window" | "scatter":
+            steps = [step.operation.name.partition(".")[2] for step in operation.regions[0].blocks[0].operations]
+            return " ".join([name, *steps[:-1], *(str(result.type.element_type) for result in operation.results)])
+        case "dot_general":
+            return f"{name} {operation.operands[0].type.element_type}"
+    return name
 
 
 def _writable(array: Any) -> Any:
