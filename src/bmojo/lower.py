@@ -218,14 +218,18 @@ class Program:
     @functools.cached_property
     def _lowered(self) -> Any:
         jax, torchax = _torchax()
+        environment, spec = torchax.default_env(), self.exported.call_spec
+        table = {**torch.export.default_decompositions(), **torchax.decompositions.DECOMPOSITIONS}
         with _quiet():
-            _, constants, run = torchax.export.exported_program_to_jax(self.exported, export_raw=True)
-        constants = torchax.default_env().t2j_copy(constants)
+            core = self.exported.run_decompositions(table)
+        held = environment.t2j_copy(dict(core.constants))
+        specs = core.graph_signature.input_specs
 
-        spec = self.exported.call_spec
-
-        def function(*args: Any) -> Any:  # JAX sorts what is in a dict, the graph does not
-            return pytree.tree_unflatten(run(constants, spec.in_spec.flatten_up_to((args, {}))), spec.out_spec)
+        def function(*args: Any) -> Any:
+            given = iter(spec.in_spec.flatten_up_to((args, {})))  # JAX sorts what is in a dict, the graph does not
+            inputs = [held[one.target] if one.target in held else next(given) for one in specs]
+            results = torchax.export.JaxInterpreter(core.graph_module).run(*inputs, enable_io_processing=False)
+            return pytree.tree_unflatten(results, spec.out_spec)
 
         shapes = [jax.ShapeDtypeStruct(value.shape, _jax_type(value.dtype)) for value in self._inputs]
         arguments, _ = pytree.tree_unflatten(shapes, spec.in_spec)
