@@ -192,10 +192,10 @@ def _any(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
 
 def _index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
     """Without torchax' check of the indices, a reduction that Neuron has not."""
-    return x[(*(slice(None),) * (dim % x.ndim), index)]
+    return x.movedim(dim, 0)[index].movedim(0, dim)
 
 
-_DECOMPOSITIONS = {
+_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.cumsum.default: _cumsum,
     torch.ops.aten.any.dim: _any,
     torch.ops.aten.index_select.default: _index_select,

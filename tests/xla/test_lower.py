@@ -21,6 +21,7 @@ from bmojo.train.loss import next_token_loss
 BATCH, TIME, CONTEXT = 2, 10, 16  # two chunks of 4, and a half
 CLOSE = 1e-5
 RATE = 3e-3
+presets = pytest.mark.parametrize("preset", PRESETS)
 presets_slowly = pytest.mark.parametrize(
     "preset", [name if name == "bmojo" else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
 )
@@ -84,12 +85,14 @@ def check_decoding(run, preset):
     for t in range(TIME):
         expected, state = model(tokens[:, t : t + 1], state)
         logits, layers = run(weights, layers, tokens[:, t])
+        assert logits.shape == (BATCH, VOCAB)
         assert error(logits, expected[:, 0]) < CLOSE, t
     if preset != "transformer":  # whose cache grows in other steps
         same_state(MemoryState(model.config, tuple(layers)), state, CLOSE)
 
 
-@presets_slowly
+@pytest.mark.slow
+@presets
 def test_training_step_compiled_by_xla_is_eager(preset):
     check_training(program(preset, "train").compile(), preset)
 
@@ -106,7 +109,7 @@ def test_exported_graphs_are_eager(preset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS)
+@presets
 def test_a_prefill_is_gone_on_from(preset):
     model, tokens = model_of(preset), draw_tokens(BATCH, TIME + 3)
     weights = lower.weights_of(model)
@@ -120,7 +123,7 @@ def test_a_prefill_is_gone_on_from(preset):
 
 
 @presets_slowly
-@pytest.mark.parametrize("step", ["train", "decode"])
+@pytest.mark.parametrize("step", [pytest.param("train", marks=pytest.mark.slow), "decode"])
 def test_every_operator_is_one_that_neuron_documents(preset, step):
     lowered = program(preset, step)
     assert lowered.undocumented() == []
@@ -179,9 +182,3 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "jax", None)
     with pytest.raises(MissingPackageError, match=r"jax.*bmojo\[xla\]"):
         lower._torchax.__wrapped__()
-
-
-def test_vocabulary_is_in_the_shapes():
-    assert program("bmojo", "decode").exported.graph is not None
-    logits = next(reversed(program("bmojo", "decode").exported.graph.nodes)).args[0][0].meta["val"]
-    assert logits.shape == (BATCH, VOCAB)
