@@ -52,8 +52,8 @@ def check(case: str) -> None:
         error, other = ((z - c).abs().max() / c.abs().max() for z in (a, b))
         assert error <= max(1e-5, 1.1 * float(other)), (case, error, other)
     assert (got[0][~valid] == 0).all()
-    one = triton_rls.leverage_score(single[0][:, 0], single[2])
-    assert (one - innovation.leverage_score(k[:, 0], M)).abs().max() <= 1e-5
+    one, all_of_it = triton_rls.leverage(single[0][:, 0], single[2]), innovation.leverage_cholesky(k[:, 0], M)
+    assert (one / (1 + one) - all_of_it / (1 + all_of_it)).abs().max() <= 1e-5
     double = triton_rls.rls(k, valid, A, M, **options)
     assert torch.equal(double[0], innovation.rls_chunked(k, valid, A, M, **options)[0])
 

@@ -43,6 +43,7 @@ VERBS = {
     "sweep": Verb("bmojo.cli.sweep", "Train models over a grid of settings on a synthetic task.", resumes=True),
     "generate": Verb("bmojo.cli.generate", "Text from a trained model, as it is made."),
     "convert": Verb("bmojo.cli.convert", "Models of Llama, Mistral, Qwen, Mamba-2 and others in, and back out."),
+    "lower": Verb("bmojo.cli.lower", "A training or decode step as a program for XLA (Trainium)."),
     "export": Verb("bmojo.cli.export", "A sharded checkpoint (FSDP) as a model folder."),
 }
 INTERRUPTED = 130

@@ -27,13 +27,22 @@ def rank(score: Tensor, position: Tensor, now: Tensor, *, decay: float, threshol
     return value.masked_fill((position < 0) | (score < threshold), -torch.inf)
 
 
+def sorted_first(value: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of value [batch, n] in descending order, ties to the first: values and indices."""
+    value, order = torch.sort(value, dim=1, descending=True, stable=True)
+    return value[:, :count], order[:, :count]
+
+
+best_first = dispatched(chunked=sorted_first, naive=sorted_first, fused={"xla": "bmojo.ops.xla:best_first"})
+
+
 def keep_best(
     score: Tensor, position: Tensor, now: Tensor, slots: int, *, decay: float, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """Indices [batch, slots] of the best candidates, and whether each is one. Candidates [batch, n]: newest first."""
     value = rank(score, position, now, decay=decay, threshold=threshold)
-    value, order = torch.sort(value, dim=1, descending=True, stable=True)
-    return order[:, :slots], value[:, :slots] > -torch.inf
+    value, order = best_first(value, slots)
+    return order, value > -torch.inf
 
 
 def select_chunked(

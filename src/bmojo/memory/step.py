@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bmojo.memory.spec import CACHE_BLOCK
+from bmojo.ops.dispatch import device_type
 from bmojo.ops.rope import rope_table
 
 
@@ -35,7 +36,7 @@ class Step:
     def any_ends_chunk(self) -> bool:
         """Whether there is a chunk to end. A graph that is compiled or captured once for all tokens always does what
         that takes, and so does a device that the host would have to wait for."""
-        if torch.compiler.is_compiling() or self.position.device.type != "cpu":
+        if torch.compiler.is_compiling() or device_type(self.position) != "cpu":
             return True
         return self._once("any ends", lambda: bool(self.ends_chunk.any()))
 
@@ -82,7 +83,10 @@ class Step:
         return self._once(("cache", size), lambda: torch.arange(size, device=here.device) <= here)
 
     def room(self, rows: Tensor) -> Tensor:
-        """An unbounded cache [B, n, ...] with room for this token in every row."""
+        """An unbounded cache [B, n, ...] with room for this token in every row. On XLA devices, where shapes are fixed,
+        it is left as it is: who made it has made it large enough."""
+        if device_type(rows) == "xla":
+            return rows
         return grow(rows, self._once("longest", lambda: int(self.next_position.max())))
 
 

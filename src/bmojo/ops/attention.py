@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bmojo.ops.dispatch import dispatched
-from bmojo.ops.numerics import at_least_float32, exact
+from bmojo.ops.numerics import at_least_float32, exact, repeat_groups
 
 
 def attend_naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
     """o_i = sum_j softmax_j(q_i . k_j / sqrt(head_dim)) v_j over the visible j, in the dtype given."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    k, v = (repeat_groups(z.transpose(1, 2), q.shape[1]).transpose(1, 2) for z in (k, v))
     scores = q @ k.mT * q.shape[-1] ** -0.5
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -45,4 +44,5 @@ def largest_weights(q: Tensor, k: Tensor, mask: Tensor, count: int) -> Tensor:
     return largest
 
 
-attend = dispatched(chunked=attend_chunked, naive=attend_naive)
+# PyTorch's fused kernels are none of XLA's: it fuses what it is given
+attend = dispatched(chunked=attend_chunked, naive=attend_naive, fused={"xla": "bmojo.ops.attention:attend_naive"})

@@ -18,6 +18,7 @@ from bmojo.errors import ConfigError, nearest
 BACKENDS = ("fused", "chunked", "naive")
 _log = logging.getLogger("bmojo.ops")
 _backend = "fused"  # a plain global: compilers can guard on it
+_target: str | None = None  # the type of device that a program is being traced for, if not the one it runs on
 _kernels: dict[str, Callable[..., Any] | None] = {}  # by "module:name", once asked for; None: it can't be had here
 
 
@@ -41,12 +42,31 @@ def use_backend(name: str) -> Iterator[None]:
         _backend = before
 
 
+@contextmanager
+def lowering_for(device: str) -> Iterator[None]:
+    """Inside the block ops take the forms that are made for a type of device, such as "xla", wherever their tensors
+    are: a program is traced on the CPU to be compiled for another machine. For the whole process, as `use_backend`."""
+    global _target
+    before, _target = _target, device
+    try:
+        yield
+    finally:
+        _target = before
+
+
+def device_type(x: torch.Tensor) -> str:
+    """The type of device that an op on `x` is made for: that of `lowering_for`, or where `x` is. Neuron's own and
+    torchax's are "xla": what they run is compiled from the same operators."""
+    kind = _target or x.device.type
+    return "xla" if kind in ("neuron", "jax") else kind
+
+
 def dispatched(
     *, chunked: Callable[..., Any], naive: Callable[..., Any], fused: Mapping[str, str] | None = None
 ) -> Callable[..., Any]:
     """One callable for an op's forms, which share a signature.
 
-    `fused` names kernels as "module:function" by type of device. The module is imported at the first call, or when a
+    `fused` names kernels as "module:function" by `device_type`. The module is imported at the first call, or when a
     compiler traces that call; if it raises ImportError (a package, a compiler or a driver is missing) that is warned of
     once, and the chunked form runs. A kernel hands arguments that it is not made for, such as float64, to the chunked
     form itself.
@@ -60,7 +80,7 @@ def dispatched(
         if not kernels or _backend != "fused":
             return chunked(*args, **kwargs)
         first: Tensor = next(iter((*args, *kwargs.values())))
-        path = kernels.get(first.device.type)
+        path = kernels.get(device_type(first))
         kernel = _kernels[path] if path is not None and _is_here(path) else None
         return (kernel or chunked)(*args, **kwargs)
 

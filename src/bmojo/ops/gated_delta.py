@@ -19,6 +19,14 @@ from bmojo.ops.dispatch import dispatched
 from bmojo.ops.numerics import at_least_float32, exact, widest
 
 
+def substitute(system: Tensor, right: Tensor) -> Tensor:
+    """x with system @ x = right [..., n, m]; system [..., n, n] lower triangular, ones on its diagonal."""
+    return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+
+
+solve_unit_lower = dispatched(chunked=substitute, naive=substitute, fused={"xla": "bmojo.ops.xla:solve_unit_lower"})
+
+
 @exact
 def gated_delta_step(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, *, state: Tensor
@@ -69,9 +77,7 @@ def gated_delta_chunked(
     earlier = (total - total.mT).to(v.dtype).masked_fill(~ones.tril(-1), -torch.inf).exp()
     system = torch.eye(chunk_size, dtype=v.dtype, device=v.device) + beta * (k @ k.mT) * earlier
     right = torch.cat((beta * v, beta * k * total.to(v.dtype).exp()), -1)
-    from_values, from_state = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
-        (head_dim, k.shape[-1]), -1
-    )
+    from_values, from_state = solve_unit_lower(system, right).split((head_dim, k.shape[-1]), -1)
     seen = (read - total.mT).to(v.dtype).masked_fill(~ones.tril(-1 if exclusive else 0), -torch.inf).exp()
     weights = (q @ k.mT) * seen
     q = q * read.to(v.dtype).exp()

@@ -43,19 +43,30 @@ def _factor(M: Tensor) -> Tensor:
     return torch.linalg.cholesky_ex(M)[0]
 
 
+def leverage_cholesky(k: Tensor, M: Tensor) -> Tensor:
+    """k^T M^-1 k [batch] for k [batch, dim], M [batch, dim, dim]."""
+    return (k * torch.cholesky_solve(k[..., None], _factor(M)).squeeze(-1)).sum(-1)
+
+
+def variances_cholesky(K: Tensor, M: Tensor) -> Tensor:
+    """1 + k_t^T M_t^-1 k_t [..., chunk] of the tokens K [..., chunk, dim], with M_t = M + sum_{j<t} k_j k_j^T."""
+    whitened = torch.linalg.solve_triangular(_factor(M), K.mT, upper=False)
+    gram = whitened.mT @ whitened + torch.eye(K.shape[-2], dtype=K.dtype, device=K.device)
+    return _factor(gram).diagonal(dim1=-2, dim2=-1).square()
+
+
+leverage = dispatched(
+    chunked=leverage_cholesky,
+    naive=leverage_cholesky,
+    fused={"cuda": "bmojo.ops.triton_rls:leverage", "xla": "bmojo.ops.xla:leverage"},
+)
+variances = dispatched(chunked=variances_cholesky, naive=variances_cholesky, fused={"xla": "bmojo.ops.xla:variances"})
+
+
 def _prior(A: Tensor, forgetting: float) -> Tensor:
     """M = g A + rho I [batch, dim, dim]."""
     rho = RLS_RIDGE + A.diagonal(dim1=-2, dim2=-1).sum(-1) / RLS_CONDITION
     return forgetting * A + torch.diag_embed(rho[:, None].expand(-1, A.shape[-1]))
-
-
-def leverage_score(k: Tensor, M: Tensor) -> Tensor:
-    """The score [batch] of a token k [batch, dim] after what M [batch, dim, dim] holds, both float32 or better."""
-    leverage = (k * torch.cholesky_solve(k[..., None], _factor(M)).squeeze(-1)).sum(-1)
-    return leverage / (1 + leverage)
-
-
-_score = dispatched(chunked=leverage_score, naive=leverage_score, fused={"cuda": "bmojo.ops.triton_rls:leverage_score"})
 
 
 @exact
@@ -65,8 +76,8 @@ def rls_step(
     """One token k [batch, dim]; `ends_chunk` [batch] bool. Returns score [batch], A, M."""
     k = at_least_float32(k)
     outer = k[..., :, None] * k[..., None, :]
-    score, A = _score(k, M), forgetting * A + outer
-    return score, A, torch.where(ends_chunk[:, None, None], _prior(A, forgetting), M + outer)
+    share, A = leverage(k, M), forgetting * A + outer
+    return share / (1 + share), A, torch.where(ends_chunk[:, None, None], _prior(A, forgetting), M + outer)
 
 
 @exact
@@ -111,11 +122,7 @@ def rls_chunked(
         priors.append(M)
         A = shrink[:, c, None, None] * A + within[:, c]
         M = torch.where(alive[:, c, -1, None, None], _prior(A, forgetting), M + plain[:, c])
-    factor = _factor(torch.stack(priors, 1))
-    whitened = torch.linalg.solve_triangular(factor, K.mT, upper=False)
-    gram = whitened.mT @ whitened + torch.eye(chunk_size, dtype=k.dtype, device=k.device)
-    variance = _factor(gram).diagonal(dim1=-2, dim2=-1).square()
-    return ((1 - 1 / variance).clamp(min=0) * alive).view(batch, time), A, M
+    return ((1 - 1 / variances(K, torch.stack(priors, 1))).clamp(min=0) * alive).view(batch, time), A, M
 
 
 rls = dispatched(

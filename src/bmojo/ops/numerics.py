@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bmojo.ops.dispatch import device_type
+
 
 def exact(op: Callable[..., Any]) -> Callable[..., Any]:
     """The op with autocast off: what it makes float32 stays float32, whatever the autocast dtype."""
@@ -24,7 +26,7 @@ def exact(op: Callable[..., Any]) -> Callable[..., Any]:
 
 def widest(x: Tensor) -> Tensor:
     """`x` in float64, where the device has it: for sums and positions whose differences must keep their digits."""
-    return x if x.device.type in ("mps", "xla") else x.double()
+    return x if device_type(x) in ("mps", "xla") else x.double()
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -35,4 +37,5 @@ def at_least_float32(x: Tensor) -> Tensor:
 def repeat_groups(x: Tensor, heads: int) -> Tensor:
     """[..., groups, size] -> [..., heads, size]: consecutive heads share a group."""
     groups = x.shape[-2]
-    return x if groups == heads else x.repeat_interleave(heads // groups, dim=-2)
+    shape = (*x.shape[:-1], heads // groups, x.shape[-1])
+    return x if groups == heads else x[..., None, :].expand(shape).flatten(-3, -2)

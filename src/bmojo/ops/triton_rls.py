@@ -52,8 +52,8 @@ def _starts(
 
 
 @triton.jit
-def _leverages(starts, keys, scores, chunk, dim, SIZE: tl.constexpr):
-    """Scores of the tokens of one chunk, keys [chunk, dim] (zero where there is none)."""
+def _leverages(starts, keys, leverages, chunk, dim, SIZE: tl.constexpr):
+    """k_t^T P k_t of the tokens of one chunk, keys [chunk, dim] (zero where there is none)."""
     at = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, SIZE)
     row, column = lane[:, None], lane[None, :]
@@ -70,7 +70,7 @@ def _leverages(starts, keys, scores, chunk, dim, SIZE: tl.constexpr):
         k = tl.load(keys + (at * chunk + t) * dim + lane, mask=lane < dim, other=0.0)
         u = tl.sum(P * k[None, :], 1)
         leverage = tl.sum(k * u, 0)
-        tl.store(scores + at * chunk + t, leverage / (1.0 + leverage))
+        tl.store(leverages + at * chunk + t, leverage)
         P -= u[:, None] * u[None, :] / (1.0 + leverage)
 
 
@@ -90,7 +90,7 @@ def rls(
     within = (K * (later * math.log(forgetting)).exp()[..., None]).mT @ K
     shrink = (alive.sum(-1) * math.log(forgetting)).exp()
     fresh = torch.zeros(batch, chunks, dtype=torch.bool, device=k.device) if resets is None else resets
-    starts, scores = torch.empty_like(within), torch.empty_like(K[..., 0])
+    starts, share = torch.empty_like(within), torch.empty_like(K[..., 0])
     A_out, M_out = torch.empty_like(within[:, 0]), torch.empty_like(within[:, 0])
     flags = [z.to(torch.int32).contiguous() for z in (fresh, alive[..., -1])]
     size = _size(dim)
@@ -98,18 +98,18 @@ def rls(
         within.contiguous(), (K.mT @ K).contiguous(), shrink, *flags, A.contiguous(), M.contiguous(),
         starts, A_out, M_out, chunks, dim, forgetting, innovation.RLS_RIDGE, innovation.RLS_CONDITION, **size,
     )  # fmt: skip
-    _leverages[(batch * chunks,)](starts, K, scores, chunk_size, dim, **size)
-    return scores.view(batch, time), A_out, M_out
+    _leverages[(batch * chunks,)](starts, K, share, chunk_size, dim, **size)
+    return (share / (1 + share)).view(batch, time), A_out, M_out
 
 
-def leverage_score(k: Tensor, M: Tensor) -> Tensor:
-    """See `bmojo.ops.innovation.leverage_score`. Unlike a factorisation, it can be part of a CUDA graph."""
+def leverage(k: Tensor, M: Tensor) -> Tensor:
+    """See `bmojo.ops.innovation.leverage_cholesky`. Unlike a factorisation, it can be part of a CUDA graph."""
     batch, dim = k.shape
     if torch.float64 in (k.dtype, M.dtype) or dim > LARGEST:
-        return innovation.leverage_score(k, M)
-    score = k.new_empty(batch)
-    _leverages[(batch,)](M.contiguous(), k.contiguous(), score, 1, dim, **_size(dim))
-    return score
+        return innovation.leverage_cholesky(k, M)
+    share = k.new_empty(batch)
+    _leverages[(batch,)](M.contiguous(), k.contiguous(), share, 1, dim, **_size(dim))
+    return share
 
 
 def _size(dim: int) -> dict[str, Any]:
