@@ -62,8 +62,8 @@ class Output(Linear):
 
 
 class Head(Linear):
-    """Logits [..., outputs] of vectors [..., inputs]; given `labels` too, of vectors [n, inputs], the sum of their cross
-    entropy instead (see `bmojo.ops.cross_entropy`)."""
+    """Logits [..., outputs] of vectors [..., inputs]; or, given `labels` [n] for vectors [n, inputs], the sum of their
+    cross entropy (see `bmojo.ops.cross_entropy`)."""
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         return super().forward(x) if labels is None else linear_cross_entropy(x, self.weight, labels)
