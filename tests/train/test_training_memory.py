@@ -1,4 +1,4 @@
-"""What a training step keeps for its gradients grows with the length, not with its square, nor with length * vocabulary."""
+"""What a training step keeps for its gradients grows with the length, not with its square, nor with the vocabulary."""
 
 import pytest
 import torch
