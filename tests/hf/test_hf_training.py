@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Train
 
 from bmojo import BMojoForCausalLM, Trace
 from bmojo.errors import ConfigError
+from bmojo.ops import cross_entropy
 
 
 class Rows(Dataset):
@@ -84,6 +85,31 @@ def test_trainer_on_packed_rows(tmp_path):
     run.data_collator = DataCollatorWithFlattening()
     run.train()
     assert len(losses(run)) == 4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_needs_no_logits_unless_they_are_wanted(tied, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "LOGIT_BYTES", 4 * 13 * 8)
+    model, tokens = hf_model("bmojo", tie_embeddings=tied).train(), draw_tokens(3, 11)
+    labels = tokens.masked_fill(tokens == 3, -100)
+    out = {}
+    for skip in (None, False, True):
+        model.zero_grad()
+        out[skip] = model(tokens, labels=labels, skip_logits=skip)
+        out[skip].loss.backward()
+        out[skip].gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert out[None].logits is out[True].logits is None
+    close(out[False].logits, model(tokens).logits)
+    for skip in (None, True):
+        close(out[skip].loss, out[False].loss)
+        torch.testing.assert_close(out[skip].gradients, out[False].gradients, rtol=1e-9, atol=1e-11)
+    model.skip_logits = False
+    assert model(tokens, labels=labels).logits is not None
+    model.skip_logits = True
+    assert model(tokens).logits is not None
+    evaluated = model.eval()(tokens, labels=labels)
+    assert evaluated.logits is not None
+    close(evaluated.loss, model(tokens, labels=labels, skip_logits=True).loss)
 
 
 def test_trainer_evaluates(tmp_path):

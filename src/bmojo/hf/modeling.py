@@ -44,6 +44,7 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
 
     config: BMojoConfig
+    skip_logits = True  # in training with labels, where `forward` is not told
 
     def __init__(self, config: BMojoConfig) -> None:
         super().__init__(config)
@@ -110,6 +111,7 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -119,6 +121,8 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
         `labels` [batch, time] are shifted inside, as in all of Transformers: labels[:, i] is what tokens up to i - 1
         predict; -100 is left out. `num_items_in_batch` divides the loss in place of the number of labels.
         In training, the layers' auxiliary losses are added (as means over the same tokens).
+        `skip_logits`: with labels, `logits` is None, and the loss is computed without ever holding all of them. If
+        None: in training, unless the model's attribute of that name is set to False.
         `position_ids` [batch or 1, time] matter where they start again inside a row (rows of packed documents): each
         start empties the memories, as do changes of `document_ids`.
         `past_key_values` is written to, unless `use_cache` is False.
@@ -158,17 +162,24 @@ class BMojoForCausalLM(PreTrainedModel, GenerationMixin):
             cache = BMojoCache() if cache is None else cache
             cache.put(state, inputs.shape[1])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.logits(features[:, kept])
+        read_off = features[:, kept]
+        if skip_logits is None:
+            skip_logits = self.skip_logits and self.training
+        logits = None if skip_logits and labels is not None else self.model.logits(read_off)
         loss = None
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
+            if labels.shape != read_off.shape[:2]:
                 raise ConfigError(
                     f"labels must be [batch, time], {tuple(inputs.shape[:2])}, got {tuple(labels.shape)} "
-                    f"for the logits of {logits.shape[1]} tokens; leave logits_to_keep at 0"
+                    f"for the logits of {read_off.shape[1]} tokens; leave logits_to_keep at 0"
                 )
             count = (labels[:, 1:] != IGNORED_LABEL).sum(1)
             total = count.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), total)
+            following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
+            if logits is None:
+                loss = self.model.cross_entropy(read_off.flatten(0, 1), following) / total
+            else:
+                loss = cross_entropy(logits.flatten(0, 1), following, total)
             loss = loss + auxiliary_loss(trace if self.training else None, count / total)
         hidden = None
         if wants_hidden:

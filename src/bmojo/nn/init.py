@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bmojo.ops.cross_entropy import linear_cross_entropy
 from bmojo.ops.layers import causal_conv, rms_norm
 from bmojo.ops.numerics import at_least_float32
 
@@ -61,11 +62,19 @@ class Output(Linear):
         super().__init__(inputs, outputs, (inputs**-0.5 if std is None else std) * RESIDUAL_SCALE)
 
 
+class Head(Linear):
+    """Logits [..., outputs] of vectors [..., inputs]; or, given `labels` [n] for vectors [n, inputs], the sum of their
+    cross entropy (see `bmojo.ops.cross_entropy`)."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().forward(x) if labels is None else linear_cross_entropy(x, self.weight, labels)
+
+
 class Embedding(nn.Embedding):
     """A row of `size` numbers for each token, drawn from N(0, std^2); std = 1/sqrt(size) if None.
 
-    Given vectors [..., size] in place of tokens, their products with all rows: the head of a model that ties its own to
-    the embedding. It is called, as any head is, because a module that is sharded has its whole weight only then.
+    Given vectors [..., size] in place of tokens it is the head of a model that ties its own to the embedding (`Head`).
+    It is called, as any head is, because a module that is sharded has its whole weight only then.
     """
 
     def __init__(self, tokens: int, size: int, std: float | None = None) -> None:
@@ -75,7 +84,9 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is not None:
+            return linear_cross_entropy(x, self.weight, labels)
         return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
 
 

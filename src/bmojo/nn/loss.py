@@ -11,8 +11,8 @@ from torch import Tensor
 from bmojo.config import ModelConfig
 from bmojo.nn.mixer import Trace
 from bmojo.nn.model import BMojoLM
-
-NO_LABEL = -100  # as in torch's cross entropy: predict nothing here
+from bmojo.ops.cross_entropy import NO_LABEL, rows_at_once
+from bmojo.ops.numerics import at_least_float32
 
 
 def answers(
@@ -60,11 +60,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, count: Tensor | int | None = N
     """-sum log softmax(logits)[label] / count, in nats and in float32 at least; zero if there is nothing to sum.
 
     Shapes: logits [tokens, vocab_size], labels int64 [tokens]. `count` is the number of tokens if None; who sums over
-    several calls (gradient accumulation, several processes) gives that of all of them.
+    several calls (gradient accumulation, several processes) gives that of all of them. For logits that are there
+    anyway: `BMojoLM.cross_entropy` does without. Without gradients, only some rows of them are copied at a time.
     """
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    total = F.cross_entropy(logits.to(exact), labels, reduction="sum")
-    return total / (max(1, labels.numel()) if count is None else count)
+    rows = rows_at_once(logits.shape[-1])
+    parts = zip(logits.split(rows), labels.split(rows), strict=True)
+    costs = [F.cross_entropy(at_least_float32(x), y, ignore_index=NO_LABEL, reduction="sum") for x, y in parts]
+    return torch.stack(costs).sum() / (max(1, labels.numel()) if count is None else count)
 
 
 def auxiliary_trace(config: ModelConfig) -> Trace | None:

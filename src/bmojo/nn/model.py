@@ -20,10 +20,12 @@ from bmojo.files import write_whole
 from bmojo.memory.layout import Layout, make_layout
 from bmojo.memory.state import MemoryState, require_fit
 from bmojo.memory.step import Step
-from bmojo.nn.init import Embedding, Linear, Output, RMSNorm
+from bmojo.nn.init import Embedding, Head, Linear, Output, RMSNorm
 from bmojo.nn.mixer import Mixer, Trace
 from bmojo.nn.ssm import State
+from bmojo.ops.cross_entropy import NO_LABEL, rows_at_once
 from bmojo.ops.layers import swiglu
+from bmojo.ops.numerics import at_least_float32
 
 
 def shard_names(index: Path) -> list[str]:
@@ -136,7 +138,7 @@ class BMojoLM(nn.Module):
         self.embed = Embedding(config.vocab_size, config.hidden_size, std)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, std)
+        self.head = None if config.tie_embeddings else Head(config.hidden_size, config.vocab_size, std)
 
     def forward(
         self,
@@ -207,7 +209,28 @@ class BMojoLM(nn.Module):
         return tokens if tokens.is_floating_point() else self.embed(tokens.long())
 
     def logits(self, features: Tensor) -> Tensor:
-        return (self.embed if self.head is None else self.head)(features)
+        return self._head(features)
+
+    def cross_entropy(self, features: Tensor, labels: Tensor) -> Tensor:
+        """-sum log softmax(logits(features))[label] in nats, in float32 at least, of features [n, hidden_size] and
+        labels int64 [n] (NO_LABEL: none). Never are all logits held at once, nor kept for the gradients."""
+        head = self._head
+        if isinstance(head, Embedding | Head):
+            return head(features, labels)
+
+        def part(features: Tensor, labels: Tensor) -> Tensor:  # of a head of another make: an adapter, say
+            logits = at_least_float32(head(features))
+            return F.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum")
+
+        rows = rows_at_once(self.config.vocab_size)
+        if len(features) <= rows:
+            return part(features, labels)
+        parts = zip(features.split(rows), labels.split(rows), strict=True)
+        return torch.stack([self.checkpoint(part, *piece) for piece in parts]).sum()
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.embed if self.head is None else self.head
 
     def empty_state(self, batch: int = 1, dtype: torch.dtype | None = None) -> MemoryState:
         """The state before any token."""
