@@ -102,7 +102,7 @@ def test_the_kernel_as_compilers_see_it():
     value = torch.nn.functional.pad(score, (3, 0))
     for resets in (None, torch.zeros_like(complete)):
         args = (value, position, complete, resets, 3, 4, 0.1)
-        torch.library.opcheck(torch.ops.bmojo.select.default, args)
+        torch.library.opcheck(torch.ops.bmojo.select.default, args, test_utils=("test_schema", "test_faketensor"))
 
     def call(score):
         return eidetic_cpu.select(score, make_layout(2, 12, 4, score.device), 3, decay=0.9, threshold=0.1)

@@ -104,11 +104,18 @@ def test_rls_in_cpp_what_is_not_a_number_stays_in_its_row_and_in_its_future():
     assert scores.isnan().all()  # a precision that is none
 
 
+def test_rls_in_cpp_refuses_what_it_would_read_beyond():
+    k, valid = features(2 * CHUNK), torch.ones(2, 2 * CHUNK, dtype=torch.bool)
+    for size, chunk, message in ((DIM, CHUNK + 1, "whole chunks of 5 tokens, got 8"), (DIM + 1, CHUNK, "of the shape")):
+        with pytest.raises(RuntimeError, match=message):
+            innovation_cpu.rls(k, valid, *ops.rls_start(2, size, k), chunk_size=chunk, forgetting=0.9)
+
+
 def test_rls_in_cpp_as_compilers_see_it():
     k, valid = features(4 * CHUNK), torch.ones(2, 4 * CHUNK, dtype=torch.bool)
     for resets in (None, torch.zeros(2, 4, dtype=torch.bool)):
         args = (k, valid, *ops.rls_start(2, DIM, k), resets, CHUNK, 0.9, ops.RLS_RIDGE, ops.RLS_CONDITION)
-        torch.library.opcheck(torch.ops.bmojo.rls.default, args)
+        torch.library.opcheck(torch.ops.bmojo.rls.default, args, test_utils=("test_schema", "test_faketensor"))
     run = torch.compile(innovation_cpu.rls, backend="aot_eager", fullgraph=True)
     options = {"chunk_size": CHUNK, "forgetting": 0.9}
     for got, want in zip(*(f(*args[:4], **options) for f in (run, innovation_cpu.rls)), strict=True):

@@ -22,9 +22,9 @@ using at::Tensor;
 // Entries of a row: the slots held at the start, then the tokens of the call
 struct Sizes {
   int64_t batch, entries, slots, chunk, chunks;
-  double rate;                     // -log(decay)
-  const int64_t* position;         // [batch, entries]; -1: an empty slot
-  const bool *complete, *resets;   // [batch, chunks]
+  double rate;                    // -log(decay)
+  const int64_t* position;        // [batch, entries]; -1: an empty slot
+  const bool *complete, *resets;  // [batch, chunks]
 };
 
 template <typename T>

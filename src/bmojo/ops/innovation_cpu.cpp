@@ -152,10 +152,9 @@ void score_chunk(const Sizes& s, int64_t at, const T* k, const T* M, T* scores) 
     for (int64_t t = 0; t < taken; ++t)
       std::copy_n(k + (at * s.chunk + alive[first + t]) * dim, dim, &tokens[t * width]);
     T leverage[BLOCK];
-    (taken == BLOCK ? absorb<T, BLOCK> : absorb<T, 1>)(dim, width, columns.data(), inverse.data(), tokens.data(),
-                                                        leverage);
-    for (int64_t t = 0; t < taken; ++t)
-      scores[at * s.chunk + alive[first + t]] = leverage[t] / (1 + leverage[t]);
+    const auto through = taken == BLOCK ? absorb<T, BLOCK> : absorb<T, 1>;
+    through(dim, width, columns.data(), inverse.data(), tokens.data(), leverage);
+    for (int64_t t = 0; t < taken; ++t) scores[at * s.chunk + alive[first + t]] = leverage[t] / (1 + leverage[t]);
   }
 }
 
@@ -181,10 +180,23 @@ void kernel(const Sizes& s, const T* k, T* M, T* A, T* priors, T* scores) {
 std::tuple<Tensor, Tensor, Tensor> rls(const Tensor& k, const Tensor& valid, const Tensor& A_before,
                                        const Tensor& M_before, const std::optional<Tensor>& resets, int64_t chunk_size,
                                        double forgetting, double ridge, double condition) {
-  const Sizes s{k.size(0),  k.size(1) / chunk_size, chunk_size, k.size(2), forgetting, ridge,
-                condition, valid.const_data_ptr<bool>(), resets ? resets->const_data_ptr<bool>() : nullptr};
-  Tensor A = A_before.clone(), M = M_before.clone(), scores = at::zeros({k.size(0), k.size(1)}, k.options());
-  Tensor priors = at::zeros({s.batch, s.chunks, s.dim, s.dim}, k.options());
+  const int64_t batch = k.size(0), time = k.size(1), dim = k.size(2);
+  const std::vector<int64_t> sizes{batch, dim, dim};
+  const at::IntArrayRef matrices(sizes);
+  TORCH_CHECK(time % chunk_size == 0, "rls takes whole chunks of ", chunk_size, " tokens, got ", time, " tokens");
+  TORCH_CHECK(A_before.sizes() == matrices && M_before.sizes() == matrices, "rls takes A and M of the shape ", matrices,
+              ", got ", A_before.sizes(), " and ", M_before.sizes());
+  const Sizes s{batch,
+                time / chunk_size,
+                chunk_size,
+                dim,
+                forgetting,
+                ridge,
+                condition,
+                valid.const_data_ptr<bool>(),
+                resets ? resets->const_data_ptr<bool>() : nullptr};
+  Tensor A = A_before.clone(), M = M_before.clone(), scores = at::zeros({batch, time}, k.options());
+  Tensor priors = at::zeros({batch, s.chunks, dim, dim}, k.options());
   AT_DISPATCH_FLOATING_TYPES(k.scalar_type(), "rls", [&] {
     using T = scalar_t;
     kernel<T>(s, k.const_data_ptr<T>(), M.mutable_data_ptr<T>(), A.mutable_data_ptr<T>(), priors.mutable_data_ptr<T>(),
