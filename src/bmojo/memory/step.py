@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bmojo.memory.spec import CACHE_BLOCK
+from bmojo.ops.attention import put
 from bmojo.ops.dispatch import device_type
 from bmojo.ops.rope import rope_table
 
@@ -49,11 +50,13 @@ class Step:
         """A table for x [B, heads, head_dim]."""
         return self._once(("rope", head_dim, theta, dtype), lambda: rope_table(self.position, head_dim, theta, dtype))
 
+    def own(self, buffer: Tensor) -> Tensor:
+        """A buffer of the state that came in, to be written to: itself if it was given up, or a copy."""
+        return buffer if self.donate else buffer.clone()
+
     def put(self, rows: Tensor, index: Tensor, value: Tensor) -> Tensor:
         """`rows` [B, n, ...] with row `index` [B] replaced by `value` [B, ...]."""
-        rows = rows if self.donate else rows.clone()
-        rows[torch.arange(rows.shape[0], device=rows.device), index] = value.to(rows.dtype)
-        return rows
+        return put(self.own(rows), index, value)
 
     def put_in_ring(self, ring: Tensor, value: Tensor, stride: int = 1) -> Tensor:
         """Write entry position // stride, if this token completes it."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bmojo.ops.cross_entropy import linear_cross_entropy
-from bmojo.ops.layers import causal_conv, rms_norm
+from bmojo.ops.layers import causal_conv, causal_conv_decode, rms_norm
 from bmojo.ops.numerics import at_least_float32
 
 RESIDUAL_SCALE = 0.1  # see docs/decisions.md
@@ -133,6 +133,10 @@ class CausalConv(nn.Module):
     def forward(self, extended: Tensor, position: Tensor | None = None, *, silu: bool = False) -> Tensor:
         """[B, lags + L, channels] -> [B, L, channels]. `position` [B, L]: given where documents are packed."""
         return causal_conv(extended, self.weight, self.bias, position, silu=silu)
+
+    def step(self, x: Tensor, tail: Tensor, *, silu: bool = False) -> tuple[Tensor, Tensor]:
+        """One token x [B, channels] after the inputs `tail` [B, lags, channels], which are given up."""
+        return causal_conv_decode(x, tail, self.weight, self.bias, silu=silu)
 
 
 class KeyConv(CausalConv):

@@ -93,7 +93,8 @@ class Innovation(nn.Module):
         match self.kind:
             case "rls":
                 k = self._features(x)
-                score, A, M = ops.rls_step(k, state["rls_A"], state["rls_M"], at.ends_chunk, forgetting=self.forgetting)
+                A, M = at.own(state["rls_A"]), at.own(state["rls_M"])
+                score, A, M = ops.rls_decode(k, A, M, at.ends_chunk, forgetting=self.forgetting)
                 return score, {"rls_A": A, "rls_M": M}
             case "ema":
                 score, mean = ops.ema_step(x, state["ema"], forgetting=self.forgetting)

@@ -38,7 +38,7 @@ from bmojo.nn.admission import Admission, usage_loss
 from bmojo.nn.init import KeyConv, Linear, Output, RMSNorm
 from bmojo.nn.innovation import Innovation
 from bmojo.nn.ssm import Prediction, State, make_ssm
-from bmojo.ops.attention import attend
+from bmojo.ops.attention import attend, attend_rows
 from bmojo.ops.innovation import rls_start
 from bmojo.ops.rope import rope_table, rotate
 
@@ -157,15 +157,13 @@ class Mixer(nn.Module):
         new: State = {"position": at.next_position, "document": at.document}
         y, prediction = None, None
         if self.ssm is not None:
-            y, part, prediction = self.ssm.step(x, state, predict=self._predicts)
+            y, part, prediction = self.ssm.step(x, state, at, predict=self._predicts)
             new |= part
             if self.kind == "ssm":
                 return y, new
         shifted = x
         if self.conv is not None:
-            extended = torch.cat((state["conv"].to(x.dtype), x[:, None]), 1)
-            shifted = self.conv(extended)[:, 0]
-            new["conv"] = extended[:, 1:]
+            shifted, new["conv"] = self.conv.step(x, at.own(state["conv"]))
         q, table = self._queries(x, at), self._rope(at, x.dtype)
         k, v = self._keys(shifted, x, table)
         o, part = self._step_attention(q, k, v, x, shifted, y, prediction, state, at, trace)
@@ -358,7 +356,7 @@ class Mixer(nn.Module):
         config = self.config
         if self.window is None:
             new = {name: at.put(at.room(state[name]), at.position, z) for name, z in (("k", k), ("v", v))}
-            return self._attend_step(q, [new["k"]], [new["v"]], [at.reachable_in_cache(new["k"].shape[1])]), new
+            return attend_rows(q, [new["k"]], [new["v"]], [at.reachable_in_cache(new["k"].shape[1])]), new
         W, F, stride = self.window, config.fading_span, config.fading_stride
         new = {"k": at.put_in_ring(state["k"], k), "v": at.put_in_ring(state["v"], v)}
         keys, values, masks = [self._as_compared(new["k"])], [new["v"]], [at.reachable(W, 1, 0, W)]
@@ -387,13 +385,7 @@ class Mixer(nn.Module):
             if trace is not None:
                 trace.innovation.append(score[:, None])
                 trace.kept.append(new["slot_position"])
-        return self._attend_step(q, keys, values, masks), new
-
-    @staticmethod
-    def _attend_step(q: Tensor, keys: list[Tensor], values: list[Tensor], masks: list[Tensor]) -> Tensor:
-        """q [B, H, P] against rows [B, n, K, P] with masks [B, n]."""
-        k, v = (torch.cat([z.to(q.dtype) for z in part], 1).transpose(1, 2) for part in (keys, values))
-        return attend(q[:, :, None], k, v, torch.cat(masks, -1)[:, None, None])[:, :, 0]
+        return attend_rows(q, keys, values, masks), new
 
     def _admit(self, score: Tensor, new: State, state: State, at: Step) -> State:
         """Note the token's score; at the end of a chunk, let its tokens compete for the slots."""

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from bmojo.config import ModelConfig
 from bmojo.memory.layout import Layout
+from bmojo.memory.step import Step
 from bmojo.nn.init import CausalConv, Linear, Output, RMSNorm
-from bmojo.ops.gated_delta import gated_delta, gated_delta_step
+from bmojo.ops.gated_delta import gated_delta, gated_delta_decode
 from bmojo.ops.numerics import at_least_float32, repeat_groups
 from bmojo.ops.s6 import s6, s6_step
-from bmojo.ops.ssd import ssd, ssd_step
+from bmojo.ops.ssd import ssd, ssd_decode
 
 State = dict[str, Tensor]
 Prediction = tuple[Tensor, Tensor] | None
@@ -61,9 +62,8 @@ class FadingMemory(nn.Module):
         mixed = self.conv(extended, layout.position if layout.packed else None, silu=True)
         return mixed, layout.tail(extended, self.conv.lags)
 
-    def _convolve_step(self, x: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        extended = torch.cat((state["ssm_conv"].to(x.dtype), x[:, None]), 1)
-        return self.conv(extended, silu=True)[:, 0], extended[:, 1:]
+    def _convolve_step(self, x: Tensor, state: State, at: Step) -> tuple[Tensor, Tensor]:
+        return self.conv.step(x, at.own(state["ssm_conv"]), silu=True)
 
 
 class SSD(FadingMemory):
@@ -119,15 +119,15 @@ class SSD(FadingMemory):
                 prediction = x, ssd(x, dt, self.A_log, B, _dual(B), exclusive=True, **options)[0]
         return self._output(scanned, x, z), {"ssm": final, "ssm_conv": tail}, prediction
 
-    def step(self, u: Tensor, state: State, *, predict: bool = False) -> tuple[Tensor, State, Prediction]:
+    def step(self, u: Tensor, state: State, at: Step, *, predict: bool = False) -> tuple[Tensor, State, Prediction]:
         z, xBC, dt = self._project(u)
-        xBC, tail = self._convolve_step(xBC, state)
+        xBC, tail = self._convolve_step(xBC, state, at)
         x, B, C = self._split(xBC)
         prediction = None
         if predict:
             unit = repeat_groups(_dual(B), self.heads)
             prediction = x.detach(), (at_least_float32(unit)[..., None, :] @ state["ssm"]).squeeze(-2).detach()
-        scanned, h = ssd_step(x, dt, self.A_log, B, C, state=state["ssm"])
+        scanned, h = ssd_decode(x, dt, self.A_log, B, C, state=at.own(state["ssm"]))
         return self._output(scanned, x, z), {"ssm": h, "ssm_conv": tail}, prediction
 
 
@@ -184,14 +184,14 @@ class GatedDeltaNet(FadingMemory):
                 prediction = v, gated_delta(k, k, v, beta, g, exclusive=True, **options)[0]
         return self._output(o, z), {"ssm": final, "ssm_conv": tail}, prediction
 
-    def step(self, u: Tensor, state: State, *, predict: bool = False) -> tuple[Tensor, State, Prediction]:
+    def step(self, u: Tensor, state: State, at: Step, *, predict: bool = False) -> tuple[Tensor, State, Prediction]:
         qkv, z, beta, g = self._project(u)
-        qkv, tail = self._convolve_step(qkv, state)
+        qkv, tail = self._convolve_step(qkv, state, at)
         q, k, v = self._split(qkv)
         prediction = None
         if predict:
             prediction = v.detach(), (k[..., None, :] @ state["ssm"]).squeeze(-2).detach()
-        o, S = gated_delta_step(q, k, v, beta, g, state=state["ssm"])
+        o, S = gated_delta_decode(q, k, v, beta, g, state=at.own(state["ssm"]))
         return self._output(o, z), {"ssm": S, "ssm_conv": tail}, prediction
 
 
@@ -245,9 +245,9 @@ class S6(FadingMemory):
                 prediction = x[..., None, :], read[..., None, :]
         return self._output(scanned, x, z), {"ssm": final, "ssm_conv": tail}, prediction
 
-    def step(self, u: Tensor, state: State, *, predict: bool = False) -> tuple[Tensor, State, Prediction]:
+    def step(self, u: Tensor, state: State, at: Step, *, predict: bool = False) -> tuple[Tensor, State, Prediction]:
         x, z = self.in_proj(u).chunk(2, -1)
-        x, tail = self._convolve_step(x, state)
+        x, tail = self._convolve_step(x, state, at)
         dt, B, C = self._select(x)
         prediction = None
         if predict:

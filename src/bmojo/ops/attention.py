@@ -3,6 +3,8 @@ k, v [batch, kv_heads, keys, head_dim], mask bool (True: visible), broadcastable
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,3 +48,20 @@ def largest_weights(q: Tensor, k: Tensor, mask: Tensor, count: int) -> Tensor:
 
 # PyTorch's fused kernels are none of XLA's: it fuses what it is given
 attend = dispatched(chunked=attend_chunked, naive=attend_naive, fused={"xla": "bmojo.ops.attention:attend_naive"})
+
+
+def _put(rows: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """`rows` [batch, n, ...], written in place: entry `index` [batch] int64 becomes `value` [batch, ...]."""
+    rows[torch.arange(rows.shape[0], device=rows.device), index] = value.to(rows.dtype)
+    return rows
+
+
+def _attend_rows(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """One query a head, q [batch, heads, head_dim], against sets of rows [batch, n, kv_heads, head_dim] with masks
+    [batch, n], in one softmax."""
+    k, v = (torch.cat([z.to(q.dtype) for z in part], 1).transpose(1, 2) for part in (keys, values))
+    return attend(q[:, :, None], k, v, torch.cat(list(masks), -1)[:, None, None])[:, :, 0]
+
+
+put = dispatched(chunked=_put, naive=_put, fused={"cpu": "bmojo.ops.step_cpu:put"})
+attend_rows = dispatched(chunked=_attend_rows, naive=_attend_rows, fused={"cpu": "bmojo.ops.step_cpu:attend_rows"})

@@ -95,6 +95,9 @@ def gated_delta_chunked(
     return torch.stack(outputs, 1).transpose(2, 3).reshape(batch, time, heads, head_dim), S
 
 
+gated_delta_decode = dispatched(  # `state` is given up
+    chunked=gated_delta_step, naive=gated_delta_step, fused={"cpu": "bmojo.ops.step_cpu:gated_delta_decode"}
+)
 gated_delta = dispatched(
     chunked=gated_delta_chunked,
     naive=gated_delta_naive,

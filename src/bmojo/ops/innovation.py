@@ -125,6 +125,9 @@ def rls_chunked(
     return ((1 - 1 / variances(K, torch.stack(priors, 1))).clamp(min=0) * alive).view(batch, time), A, M
 
 
+rls_decode = dispatched(  # A and M are given up
+    chunked=rls_step, naive=rls_step, fused={"cpu": "bmojo.ops.step_cpu:rls_decode"}
+)
 rls = dispatched(
     chunked=rls_chunked,
     naive=rls_naive,

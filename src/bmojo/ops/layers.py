@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,6 +29,15 @@ def _causal_conv(
     return F.silu(y) if silu else y
 
 
+def _causal_conv_decode(
+    x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None = None, *, silu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """One step: x [batch, channels] after the inputs `tail` [batch, lags, channels], which are given up; y like x, and
+    the new tail."""
+    extended = torch.cat((tail.to(x.dtype), x[:, None]), 1)
+    return _causal_conv(extended, weight, bias, silu=silu)[:, 0], extended[:, 1:]
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 at least, in the dtype of x."""
     exact = at_least_float32(x)
@@ -41,5 +51,8 @@ def _swiglu(x: Tensor) -> Tensor:
 
 
 causal_conv = dispatched(chunked=_causal_conv, naive=_causal_conv, fused={"cpu": "bmojo.ops.layers_cpu:causal_conv"})
+causal_conv_decode = dispatched(
+    chunked=_causal_conv_decode, naive=_causal_conv_decode, fused={"cpu": "bmojo.ops.step_cpu:causal_conv_decode"}
+)
 rms_norm = dispatched(chunked=_rms_norm, naive=_rms_norm, fused={"cpu": "bmojo.ops.layers_cpu:rms_norm"})
 swiglu = dispatched(chunked=_swiglu, naive=_swiglu, fused={"cpu": "bmojo.ops.layers_cpu:swiglu"})

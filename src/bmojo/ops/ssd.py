@@ -94,6 +94,9 @@ def ssd_chunked(
     return y.transpose(2, 3).reshape(batch, time, heads, head_dim), h
 
 
+ssd_decode = dispatched(
+    chunked=ssd_step, naive=ssd_step, fused={"cpu": "bmojo.ops.step_cpu:ssd_decode"}
+)  # `state` is given up
 ssd = dispatched(
     chunked=ssd_chunked,
     naive=ssd_naive,

@@ -1,0 +1,72 @@
+"""One token on CPUs in C++ (step_cpu.cpp), without gradients: states are written in place, and nothing else is kept.
+
+Importing this module compiles it once; ImportError says why that can't be done here. Where gradients are wanted, in
+graphs of a compiler, and for dtypes that are mixed or below float32, the forms in PyTorch run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bmojo.ops import attention, gated_delta, innovation, layers, ssd
+from bmojo.ops.native import load_ops
+
+load_ops("step_cpu.cpp")
+_ops = torch.ops.bmojo
+
+
+def _ready(state: Tensor, *others: Tensor | None) -> bool:
+    tensors = [state, *(z for z in others if z is not None)]
+    plain = (
+        not torch.compiler.is_compiling() and state.is_contiguous() and state.dtype in (torch.float32, torch.float64)
+    )
+    grad = torch.is_grad_enabled() and any(z.requires_grad for z in tensors)
+    return plain and not grad and all(z.dtype == state.dtype for z in tensors)
+
+
+def ssd_decode(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
+    if not _ready(state, x, dt, A_log, B, C):
+        return ssd.ssd_step(x, dt, A_log, B, C, state=state)
+    return _ops.ssd_step(state, x.contiguous(), dt.contiguous(), A_log.exp(), B.contiguous(), C.contiguous()), state
+
+
+def gated_delta_decode(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, *, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    if not _ready(state, q, k, v, beta, g):
+        return gated_delta.gated_delta_step(q, k, v, beta, g, state=state)
+    return _ops.gated_delta_step(state, *(z.contiguous() for z in (q, k, v, beta, g))), state
+
+
+def causal_conv_decode(
+    x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None = None, *, silu: bool = False
+) -> tuple[Tensor, Tensor]:
+    if not _ready(tail, x, weight, bias):
+        return layers._causal_conv_decode(x, tail, weight, bias, silu=silu)
+    return _ops.conv_step(tail, x.contiguous(), weight, bias, silu), tail
+
+
+def rls_decode(
+    k: Tensor, A: Tensor, M: Tensor, ends_chunk: Tensor, *, forgetting: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not (_ready(A, M, k) and M.is_contiguous()):
+        return innovation.rls_step(k, A, M, ends_chunk, forgetting=forgetting)
+    options = forgetting, innovation.RLS_RIDGE, innovation.RLS_CONDITION
+    return _ops.rls_step(A, M, k.contiguous(), ends_chunk.contiguous(), *options), A, M
+
+
+def put(rows: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    if not _ready(rows, value):
+        return attention._put(rows, index, value)
+    _ops.put(rows, index.contiguous(), value.contiguous())
+    return rows
+
+
+def attend_rows(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    if not _ready(q, *keys, *values):
+        return attention._attend_rows(q, keys, values, masks)
+    parts = ([z.contiguous() for z in part] for part in (keys, values, masks))
+    return _ops.attend_step(q, *parts)
