@@ -6,7 +6,7 @@
     train     loss and gradients of whole models; "growth": the same model at 4 times the length
     prefill   a forward pass that leaves a state (or cache) behind
     decode    tokens one by one after a context; "growth": the same model after a longer one
-    memory    peak memory in training by length, with and without gradient checkpointing
+    memory    peak memory in training by length, with and without gradient checkpointing, and of the loss alone
     choices   what each choice of the layer costs
 
 The first contestant of a cell is ours, and ratios are to it.
@@ -35,10 +35,10 @@ from bmojo.memory.layout import make_layout
 from bmojo.memory.read import Slots, Source, key_spans, read, slot_spans
 from bmojo.memory.spec import innovation_dim
 from bmojo.memory.state import MemoryState
-from bmojo.nn.loss import cross_entropy
 from bmojo.nn.mixer import Mixer
 from bmojo.nn.model import BMojoLM
 from bmojo.ops.attention import attend
+from bmojo.ops.cross_entropy import linear_cross_entropy
 from bmojo.ops.dispatch import use_backend
 from bmojo.ops.gated_delta import gated_delta
 from bmojo.ops.innovation import rls, rls_start
@@ -53,6 +53,8 @@ LONGEST_EAGER = 4096  # longer, the scores of attention that writes them out tak
 LONGEST_READ = 16384  # a model that can't read it in segments, or takes its square, reads no longer context
 DECODED = 64  # tokens of a timed run: a whole chunk, so that what a chunk's end costs is in it
 VOCABULARY = 8192  # of the cross entropy at least
+PAPER_VOCABULARY = 50280  # GPT-NeoX's
+MOST_LOGIT_BYTES = 2**30
 PLAIN = "bmojo, plain PyTorch"
 PASSES = {False: "forward", True: "forward + backward"}
 
@@ -352,12 +354,22 @@ def _read(at: Setting, time: int, backward: bool) -> list[Contestant]:
     ]
 
 
-def _cross_entropy(at: Setting, time: int, backward: bool) -> list[Contestant]:
-    size = max(VOCABULARY, at.config("bmojo").vocab_size)
-    logits = at.normal(at.batch * time, size).to(at.plan.torch_dtype)
-    labels = at.tokens(time, size).flatten()
-    enter = partial(_op, at, inputs=(logits, labels), time=time, backward=backward, multiply_adds=0)
-    return [enter("bmojo", lambda: cross_entropy), enter("torch", lambda: F.cross_entropy, rival=True)]
+def _cross_entropy(at: Setting, time: int, backward: bool, least: int = VOCABULARY) -> list[Contestant]:
+    """Of a head and its vocabulary, `least` at least."""
+    config = at.config("bmojo")
+    count, size = at.batch * time, max(least, config.vocab_size)
+    x = at.normal(count, config.hidden_size).to(at.plan.torch_dtype)
+    weight = (at.normal(size, config.hidden_size) * config.hidden_size**-0.5).to(at.plan.torch_dtype)
+    products = count * size * config.hidden_size
+
+    def torch_s() -> Op:
+        if 4 * count * size > MOST_LOGIT_BYTES:
+            raise Missing("all logits at once take more than a GiB")
+        return lambda x, weight, labels: F.cross_entropy(F.linear(x, weight).float(), labels, reduction="sum")
+
+    inputs = (x, weight, at.tokens(time, size).flatten())
+    enter = partial(_op, at, inputs=inputs, time=time, backward=backward, multiply_adds=products)
+    return [enter("bmojo", lambda: linear_cross_entropy), enter("torch", torch_s, rival=True)]
 
 
 def _rls(at: Setting, time: int) -> list[Contestant]:
@@ -672,6 +684,8 @@ def memory(at: Setting) -> Iterator[Cell]:
             for again in (False, True)
         ]
         yield at.cell("training", contestants, **{"pass": PASSES[True]}, time=time)
+        loss = _cross_entropy(at, time, True, PAPER_VOCABULARY)
+        yield at.cell("cross_entropy", loss, **{"pass": PASSES[True]}, time=time, vocab_size=PAPER_VOCABULARY)
 
 
 def stream(at: Setting) -> Iterator[Cell]:
