@@ -18,3 +18,9 @@ settings.register_profile("search", deadline=None, max_examples=400, suppress_he
 few = [Phase.explicit, Phase.generate]
 settings.register_profile("mutation", settings.get_profile("bmojo"), max_examples=4, phases=few)
 settings.load_profile("bmojo")
+
+
+def pytest_collection_modifyitems(items):
+    """What lowers a program comes last in its process: torchax, once imported, gives PyTorch's compilers a device
+    called jax that they do not know."""
+    items.sort(key=lambda item: "lower" in item.path.name)

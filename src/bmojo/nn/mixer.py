@@ -306,7 +306,8 @@ class Mixer(nn.Module):
         compact = config.positions == "compact"
         assert config.window is not None
         if compact:
-            k = rotate(k, self._table(-layout.position, k.dtype))
+            cos, sin = self._rope(layout, k.dtype)
+            k = rotate(k, (cos, -sin))
         held = None
         if state is not None:
             slots = torch.arange(config.chunk_size, device=k.device)

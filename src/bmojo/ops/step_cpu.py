@@ -70,3 +70,33 @@ def attend_rows(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mas
         return attention._attend_rows(q, keys, values, masks)
     parts = ([z.contiguous() for z in part] for part in (keys, values, masks))
     return _ops.attend_step(q, *parts)
+
+
+@torch.library.register_fake("bmojo::ssd_step")
+def _(state, x, dt, rate, B, C):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("bmojo::gated_delta_step")
+def _(state, q, k, v, beta, g):
+    return torch.empty_like(v)
+
+
+@torch.library.register_fake("bmojo::conv_step")
+def _(tail, x, weight, bias, silu):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("bmojo::put")
+def _(rows, index, value):
+    return None
+
+
+@torch.library.register_fake("bmojo::attend_step")
+def _(q, k, v, visible):
+    return q.new_empty(*q.shape[:2], v[0].shape[-1])
+
+
+@torch.library.register_fake("bmojo::rls_step")
+def _(A, M, k, ends, forgetting, ridge, condition):
+    return k.new_empty(k.shape[0])
