@@ -1,4 +1,4 @@
-"""`bmojo.memory.read` on CPUs in C++ (ops/attention_cpu.cpp): every block of 32 queries against the keys that it sees,
+"""`bmojo.memory.read` on CPUs in C++ (ops/attention_cpu.cpp): every block of 16 queries against the keys that it sees,
 where they lie. Importing this module compiles it once; ImportError says why that can't be done here."""
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
-constexpr int64_t BLOCK = 32;  // queries
+constexpr int64_t BLOCK = 16;  // queries
 
 using bmojo::exp2_of_negative;
 using bmojo::Lanes;
