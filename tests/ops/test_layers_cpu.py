@@ -96,3 +96,20 @@ def test_registered_as_pytorch_wants_it(name):
     }
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(getattr(torch.ops.bmojo, name).default, arguments[name], test_utils=tests)
+
+
+def test_weights_may_have_any_strides():
+    x, wide = normal(2, 12, 5), normal(4, 10, seed=1)
+    same(lambda extended, weight: layers_cpu.causal_conv(extended, weight[:, ::2].mT),
+         lambda extended, weight: layers._causal_conv(extended, weight[:, ::2].mT),
+         {"extended": x, "weight": wide})  # fmt: skip
+    one = torch.ones(1, dtype=torch.float64).expand(5)
+    close(layers_cpu.rms_norm(x, one, 1e-5), layers._rms_norm(x, one, 1e-5), 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_of_gradients_are_refused():
+    x = normal(2, 8)
+    (gradient,) = torch.autograd.grad(layers_cpu.swiglu(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="use_backend"):
+        torch.autograd.grad(gradient.sum(), x)

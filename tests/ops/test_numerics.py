@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import pytest
 import torch
 
+from bmojo.ops import native
 from bmojo.ops.dispatch import dispatched, use_backend
 from bmojo.ops.numerics import at_least_float32, exact, widest
 
@@ -79,3 +81,25 @@ def test_a_device_without_float64_keeps_its_dtype(kind):
 
     x = Elsewhere()
     assert widest(x) is x
+
+
+def test_a_kernel_that_failed_to_load_is_not_asked_for_again():
+    """Where warnings are errors, too."""
+    plain = dispatched(chunked=lambda x: x, naive=lambda x: x, fused={"cpu": "bmojo.no_such_module:other"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="no fused other"):
+            plain(torch.zeros(1))
+        plain(torch.zeros(1))
+
+
+def test_sources_that_do_not_compile_are_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_failed", {})
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler --fast")
+    with pytest.raises(ImportError, match="no-such-compiler") as first:
+        native.load_ops("ssd_cpu.cpp")
+    monkeypatch.setenv("CXX", "c++")
+    with pytest.raises(ImportError) as second:
+        native.load_ops("ssd_cpu.cpp")
+    assert str(first.value) == str(second.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import close
+from cases import close, draw_tokens, make_model, small_preset
 
 from bmojo.ops import attention, gated_delta, innovation, layers, ssd, step_cpu
 
@@ -88,3 +88,15 @@ def test_other_dtypes_take_the_forms_in_pytorch():
         step_cpu.causal_conv_decode(x, tail, weight), layers._causal_conv_decode(x, tail, weight), strict=True
     ):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gdn", "bmojo"])
+def test_a_state_that_gradients_need_is_not_written_to_unseen(name):
+    model = make_model(small_preset(name))
+    tokens = draw_tokens(2, 3)
+    _, state = model(tokens[:, :1])
+    logits, state = model(tokens[:, 1:2], state)
+    with torch.no_grad():
+        model(tokens[:, 2:], state.detach(), donate=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bmojo.memory.layout import Layout
 from bmojo.memory.read import Slots, Source, key_spans, read_chunked, slot_spans
-from bmojo.ops.native import load_ops
+from bmojo.ops.native import differentiable_once, load_ops
 
 load_ops("attention_cpu.cpp")
 
@@ -68,4 +68,5 @@ def _backward(ctx: Any, go: Tensor | None, *_: None) -> tuple:
     return dq, dk, dv, nothing, nothing, None, None, None
 
 
+differentiable_once("read_backward")
 torch.library.register_autograd("bmojo::read_forward", _backward, setup_context=_save)

@@ -165,6 +165,8 @@ def _layers(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tupl
             _require_dtype(f"{path} is damaged: layers.{i}.{name}", entry, tensor.dtype)
             layer[name] = tensor
         layers.append(layer)
+    if any(bool((layer["position"] < 0).any()) for layer in layers):
+        raise StateError(f"{path} is damaged: it has read fewer tokens than none; save the state again")
     if len({tensor.shape[0] for layer in layers for tensor in layer.values()}) != 1:
         raise StateError(f"{path} is damaged: its tensors differ in batch size; save the state again")
     return tuple(layers)

@@ -24,6 +24,7 @@ class Decoder:
     `state` is a value: it does not change when the decoder reads on. Assigning one goes back, or on to another.
     """
 
+    @torch.inference_mode(False)  # its buffers are written to in any mode
     def __init__(self, model: BMojoLM, state: MemoryState, *, static: bool | None = None) -> None:
         on_gpu, bounded = state.position.device.type == "cuda", _bounded(model.config)
         if static and not bounded:

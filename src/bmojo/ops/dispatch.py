@@ -29,6 +29,7 @@ def use_backend(name: str) -> Iterator[None]:
     "fused" (default): the kernel that is made for the device of the op's first argument, where there is one; else, and
     for ops without one, "chunked": matmuls in plain PyTorch. "naive": the definition; slow.
 
+    Gradients of gradients and the transforms of `torch.func` need "chunked" on a CPU: kernels have gradients alone.
     It holds for the whole process, not for one thread.
     """
     global _backend
@@ -67,9 +68,8 @@ def dispatched(
     """One callable for an op's forms, which share a signature.
 
     `fused` names kernels as "module:function" by `device_type`. The module is imported at the first call, or when a
-    compiler traces that call; if it raises ImportError (a package, a compiler or a driver is missing) that is warned of
-    once, and the chunked form runs. A kernel hands arguments that it is not made for, such as float64, to the chunked
-    form itself.
+    compiler traces that call; if that fails (a package, a compiler or a driver is missing) that is warned of once, and
+    the chunked form runs. A kernel hands arguments that it is not made for, such as float64, to the chunked form itself.
     """
     kernels = dict(fused or {})
 
@@ -79,7 +79,7 @@ def dispatched(
             return naive(*args, **kwargs)
         if not kernels or _backend != "fused":
             return chunked(*args, **kwargs)
-        first: Tensor = next(iter((*args, *kwargs.values())))
+        first = next(z for z in (*args, *kwargs.values()) if isinstance(z, Tensor))
         path = kernels.get(device_type(first))
         kernel = _kernels[path] if path is not None and _is_here(path) else None
         return (kernel or chunked)(*args, **kwargs)
@@ -98,8 +98,10 @@ def _load(path: str) -> Callable[..., Any] | None:
     module, name = path.split(":")
     try:
         kernel = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        warnings.warn(f"no fused {name}, the chunked form runs, which is slower: {error}", stacklevel=4)
+    except Exception as error:  # a driver or a toolchain that does not fit says so in many ways
+        _kernels[path] = None  # also where warnings are errors
+        why = error if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        warnings.warn(f"no fused {name}, the chunked form runs, which is slower: {why}", stacklevel=4)
         return None
     _log.info("%s runs in %s", name, module)
     return kernel

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bmojo.ops import layers, rope
-from bmojo.ops.native import load_ops
+from bmojo.ops.native import differentiable_once, load_ops
 
 load_ops("layers_cpu.cpp")
 _ops = torch.ops.bmojo
@@ -25,23 +25,30 @@ def _alike(*tensors: Tensor | None) -> bool:
 def causal_conv(
     extended: Tensor, weight: Tensor, bias: Tensor | None = None, position: Tensor | None = None, *, silu: bool = False
 ) -> Tensor:
+    """As `bmojo.ops.layers.causal_conv`."""
     if not _alike(extended, weight, bias):
         return layers._causal_conv(extended, weight, bias, position, silu=silu)
-    position = None if position is None else position.contiguous()
-    return _ops.conv_forward(extended.contiguous(), weight, bias, position, silu)
+    bias, position = (None if z is None else z.contiguous() for z in (bias, position))
+    return _ops.conv_forward(extended.contiguous(), weight.contiguous(), bias, position, silu)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _ops.norm_forward(x.contiguous(), weight, eps)[0] if _alike(x, weight) else layers._rms_norm(x, weight, eps)
+    """As `bmojo.ops.layers.rms_norm`."""
+    if not _alike(x, weight):
+        return layers._rms_norm(x, weight, eps)
+    return _ops.norm_forward(x.contiguous(), weight.contiguous(), eps)[0]
 
 
 def swiglu(x: Tensor) -> Tensor:
+    """As `bmojo.ops.layers.swiglu`."""
     return _ops.swiglu_forward(x.contiguous()) if _alike(x) else layers._swiglu(x)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """As `bmojo.ops.rope.rotate`."""
     cos, sin = (z.contiguous() for z in table)
-    if not _alike(x, cos, sin) or x.shape[1 : cos.ndim - 2] != cos.shape[1:-2]:
+    rows = x.shape[: cos.ndim - 2]
+    if not _alike(x, cos, sin) or cos.shape[:-2] not in (rows, (1, *rows[1:])):
         return rope._rotate(x, table)
     return _ops.rotate(x.contiguous(), cos, sin, False)
 
@@ -117,6 +124,8 @@ def _swiglu_backward(ctx, dy):
     return _ops.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
 
 
+for name in ("conv_backward", "norm_backward", "swiglu_backward"):
+    differentiable_once(name)
 _library.register_autograd("bmojo::conv_forward", _conv_backward, setup_context=_save_conv)
 _library.register_autograd("bmojo::rotate", _rotate_backward, setup_context=_save_rotate)
 _library.register_autograd("bmojo::norm_forward", _norm_backward, setup_context=_save_norm)

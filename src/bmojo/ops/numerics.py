@@ -17,7 +17,7 @@ def exact(op: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(op)
     def run(*args: Any, **kwargs: Any) -> Any:
-        first: Tensor = next(iter((*args, *kwargs.values())))
+        first = next(z for z in (*args, *kwargs.values()) if isinstance(z, Tensor))
         with torch.autocast(first.device.type, enabled=False):
             return op(*args, **kwargs)
 

@@ -16,6 +16,7 @@ from bmojo.ops.native import load_ops
 
 load_ops("step_cpu.cpp")
 _ops = torch.ops.bmojo
+_written = torch.autograd.graph.increment_version  # who keeps a tensor for its gradients is told if it was written to
 
 
 def _ready(state: Tensor, *others: Tensor | None) -> bool:
@@ -28,44 +29,60 @@ def _ready(state: Tensor, *others: Tensor | None) -> bool:
 
 
 def ssd_decode(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
+    """As `bmojo.ops.ssd.ssd_step`, on `state`, which is written in place."""
     if not _ready(state, x, dt, A_log, B, C):
         return ssd.ssd_step(x, dt, A_log, B, C, state=state)
-    return _ops.ssd_step(state, x.contiguous(), dt.contiguous(), A_log.exp(), B.contiguous(), C.contiguous()), state
+    y = _ops.ssd_step(state, *(z.contiguous() for z in (x, dt, A_log.exp(), B, C)))
+    _written(state)
+    return y, state
 
 
 def gated_delta_decode(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, *, state: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """As `bmojo.ops.gated_delta.gated_delta_step`, on `state`, which is written in place."""
     if not _ready(state, q, k, v, beta, g):
         return gated_delta.gated_delta_step(q, k, v, beta, g, state=state)
-    return _ops.gated_delta_step(state, *(z.contiguous() for z in (q, k, v, beta, g))), state
+    o = _ops.gated_delta_step(state, *(z.contiguous() for z in (q, k, v, beta, g)))
+    _written(state)
+    return o, state
 
 
 def causal_conv_decode(
     x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None = None, *, silu: bool = False
 ) -> tuple[Tensor, Tensor]:
+    """As `bmojo.ops.layers.causal_conv_decode`, on `tail`, which is written in place."""
     if not _ready(tail, x, weight, bias):
         return layers._causal_conv_decode(x, tail, weight, bias, silu=silu)
-    return _ops.conv_step(tail, x.contiguous(), weight, bias, silu), tail
+    bias = None if bias is None else bias.contiguous()
+    y = _ops.conv_step(tail, x.contiguous(), weight.contiguous(), bias, silu)
+    _written(tail)
+    return y, tail
 
 
 def rls_decode(
     k: Tensor, A: Tensor, M: Tensor, ends_chunk: Tensor, *, forgetting: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `bmojo.ops.innovation.rls_step`, on A and M, which are written in place."""
     if not (_ready(A, M, k) and M.is_contiguous()):
         return innovation.rls_step(k, A, M, ends_chunk, forgetting=forgetting)
     options = forgetting, innovation.RLS_RIDGE, innovation.RLS_CONDITION
-    return _ops.rls_step(A, M, k.contiguous(), ends_chunk.contiguous(), *options), A, M
+    score = _ops.rls_step(A, M, k.contiguous(), ends_chunk.contiguous(), *options)
+    _written((A, M))
+    return score, A, M
 
 
 def put(rows: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """As `bmojo.ops.attention.put`."""
     if not _ready(rows, value):
         return attention._put(rows, index, value)
     _ops.put(rows, index.contiguous(), value.contiguous())
+    _written(rows)
     return rows
 
 
 def attend_rows(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """As `bmojo.ops.attention.attend_rows`."""
     if not _ready(q, *keys, *values):
         return attention._attend_rows(q, keys, values, masks)
     parts = ([z.contiguous() for z in part] for part in (keys, values, masks))
