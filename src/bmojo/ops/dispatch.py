@@ -69,7 +69,7 @@ def dispatched(
 
     `fused` names kernels as "module:function" by `device_type`. The module is imported at the first call, or when a
     compiler traces that call; if that fails (a package, a compiler or a driver is missing) that is warned of once, and
-    the chunked form runs. A kernel hands arguments that it is not made for, such as float64, to the chunked form itself.
+    the chunked form runs. A kernel hands arguments that it is not made for, such as mixed dtypes, to that form itself.
     """
     kernels = dict(fused or {})
 
