@@ -59,16 +59,17 @@ def test_presets_at_awkward_lengths(preset):
 
 
 @given(data=st.data())
-def test_naive_backend_equals_chunked(data):
+def test_kernels_chunked_and_naive_forms_agree(data):
     model = make_model(data.draw(any_config()))
     time = data.draw(st.integers(1, 23))
     tokens, lengths = draw_tokens(2, time), data.draw(partitions(time))
     with torch.no_grad():
         expected, state, _ = run_calls(model, tokens, lengths)
-        with use_backend("naive"):
-            got, end, _ = run_calls(model, tokens, lengths)
-    close(got, expected)
-    same_state(end, state)
+        for backend in ("chunked", "naive"):
+            with use_backend(backend):
+                got, end, _ = run_calls(model, tokens, lengths)
+            close(got, expected)
+            same_state(end, state)
 
 
 @given(data=st.data())

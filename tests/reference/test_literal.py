@@ -10,17 +10,19 @@ from hypothesis import strategies as st
 from literal import literal_mixer
 
 from bmojo.nn.mixer import Mixer, Trace
+from bmojo.ops.dispatch import use_backend
 
 
+@pytest.mark.parametrize("backend", ["fused", "chunked"])
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
-def test_mixer_equals_its_literal_definition(family, data):
+def test_mixer_equals_its_literal_definition(family, backend, data):
     config = data.draw(configs(family, layers=1))
     time = data.draw(st.integers(1, 26))
     mixer = shaken(Mixer(config), data.draw(st.integers(0, 99)))
     x = torch.randn(2, time, config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(time))
     trace = Trace()
-    with torch.no_grad():
+    with torch.no_grad(), use_backend(backend):
         got, _ = mixer(x, trace=trace)
     for row in range(2):
         expected = literal_mixer(mixer, x[row].numpy())
