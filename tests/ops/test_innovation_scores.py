@@ -106,7 +106,7 @@ def test_rls_in_cpp_what_is_not_a_number_stays_in_its_row_and_in_its_future():
 
 def test_rls_in_cpp_refuses_what_it_would_read_beyond():
     k, valid = features(2 * CHUNK), torch.ones(2, 2 * CHUNK, dtype=torch.bool)
-    for size, chunk, message in ((DIM, CHUNK + 1, "whole chunks of 5 tokens, got 8"), (DIM + 1, CHUNK, "of the shape")):
+    for size, chunk, message in ((DIM, CHUNK + 1, "a multiple of 5 tokens, got 8"), (DIM + 1, CHUNK, "tensor of")):
         with pytest.raises(RuntimeError, match=message):
             innovation_cpu.rls(k, valid, *ops.rls_start(2, size, k), chunk_size=chunk, forgetting=0.9)
 

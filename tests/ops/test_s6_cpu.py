@@ -199,7 +199,7 @@ def test_the_ops_keep_the_contract_of_the_compiler():
 
 def test_arguments_that_do_not_fit_are_refused():
     args = {name: z.float() for name, z in inputs().items()}
-    with pytest.raises(RuntimeError, match=r"s6: expected a contiguous tensor of \[2, 112, 5\], got \[2, 111, 5\]"):
+    with pytest.raises(RuntimeError, match=r"s6: expected a contiguous tensor of \[2, 112, 5\], .* got \[2, 111, 5\]"):
         s6_cpu.s6(**args | {"C": args["C"][:, 1:]}, chunk_size=CHUNK)
 
 

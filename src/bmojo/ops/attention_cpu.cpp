@@ -21,6 +21,7 @@
 #include <tuple>
 #include <vector>
 
+#include "check_cpu.h"
 #include "vectors_cpu.h"
 
 namespace {
@@ -102,13 +103,27 @@ struct Sizes {
       : batch(q.size(0)),
         time(q.size(1)),
         heads(q.size(2)),
-        kv_heads(k[0].size(2)),
+        kv_heads(k.at(0).size(2)),
         width(q.size(3)),
-        value_width(v[0].size(3)),
+        value_width(v.at(0).size(3)),
         chunk(chunk_size) {
-    for (size_t i = 0; i < k.size(); ++i) {
-      const int64_t* g = geometry.data() + 4 * i;
-      parts.push_back({g[0], g[1], g[2], g[3], k[i].size(1), first[i].size(0), first[i].const_data_ptr<int64_t>(),
+    const bmojo::Check check("read", q);
+    const size_t count = k.size();
+    TORCH_CHECK(v.size() == count && first.size() == count && last.size() == count && geometry.size() == 4 * count,
+                "read: expected values, spans and a geometry for each of ", count, " sets of keys");
+    check.multiple(heads, kv_heads, "heads");
+    check.multiple(time, chunk, "tokens");
+    check(q, {batch, time, heads, width});
+    for (size_t i = 0; i < count; ++i) {
+      const int64_t *g = geometry.data() + 4 * i, entries = k[i].size(1), rows = first[i].size(0);
+      TORCH_CHECK(g[1] > 0 ? g[3] >= 0 : g[1] == 0 && g[0] >= 0 && entries == time / chunk * g[0], "read: ", entries,
+                  " keys do not fit the geometry ", at::IntArrayRef(g, 4));
+      TORCH_CHECK(rows == 1 || rows == batch, "read: expected spans of 1 or ", batch, " rows, got ", rows);
+      check(k[i], {batch, entries, kv_heads, width});
+      check(v[i], {batch, entries, kv_heads, value_width});
+      check(first[i], {rows, entries}, at::kLong);
+      check(last[i], {rows, entries}, at::kLong);
+      parts.push_back({g[0], g[1], g[2], g[3], entries, rows, first[i].const_data_ptr<int64_t>(),
                        last[i].const_data_ptr<int64_t>()});
       most += g[1] ? (std::min(BLOCK, chunk) + g[3]) / g[1] + 2 : g[0];
     }
@@ -304,6 +319,7 @@ void backward_kernel(const Sizes& s, TensorList k, TensorList v, const T* q, con
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, TensorList k, TensorList v, TensorList first,
                                            TensorList last, at::IntArrayRef geometry, int64_t chunk_size, bool usage) {
   const Sizes s(q, k, v, first, last, geometry, chunk_size);
+  TORCH_CHECK(!usage || (!s.parts.back().stride && s.parts.back().size), "read: the last keys have no usage");
   Tensor o = at::zeros({s.batch, s.time, s.heads, s.value_width}, q.options());
   Tensor lse = at::empty({s.batch, s.time, s.heads}, q.options());
   Tensor used = at::zeros({s.batch, s.kv_heads, usage ? s.parts.back().entries : 0}, q.options());
@@ -320,6 +336,10 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> backward(const Tens
                                                                       TensorList v, TensorList first, TensorList last,
                                                                       at::IntArrayRef geometry, int64_t chunk_size) {
   const Sizes s(q, k, v, first, last, geometry, chunk_size);
+  const bmojo::Check check("read", q);
+  check(o, {s.batch, s.time, s.heads, s.value_width});
+  check(go, o.sizes());
+  check(lse, {s.batch, s.time, s.heads});
   Tensor dq = at::zeros_like(q);
   std::vector<Tensor> dk, dv;
   for (const Tensor& z : k) dk.push_back(at::zeros_like(z));

@@ -15,6 +15,8 @@
 #include <tuple>
 #include <vector>
 
+#include "check_cpu.h"
+
 namespace {
 
 using at::Tensor;
@@ -45,8 +47,8 @@ struct Token {
   int64_t entry, position;
 };
 
-// value [batch, entries]: log scores, -inf for what is inadmissible. kept, where [batch, chunks + 1, slots]: entries and
-// positions of the set before each chunk, and after the last one
+// value [batch, entries]: log scores, -inf for what is inadmissible. kept, where [batch, chunks + 1, slots]: entries
+// and positions of the set before each chunk, and after the last one
 template <typename T>
 void select_rows(const Sizes& s, int64_t begin, int64_t end, const T* value, int64_t* kept, int64_t* where) {
   const T rate = static_cast<T>(s.rate), least = -std::numeric_limits<T>::infinity();
@@ -84,12 +86,21 @@ void select_rows(const Sizes& s, int64_t begin, int64_t end, const T* value, int
 }
 
 std::tuple<Tensor, Tensor> select_best(const Tensor& value, const Tensor& position, const Tensor& complete,
-                                  const std::optional<Tensor>& resets, int64_t slots, int64_t chunk_size, double rate) {
-  const Sizes s{value.size(0),
-                value.size(1),
+                                       const std::optional<Tensor>& resets, int64_t slots, int64_t chunk_size,
+                                       double rate) {
+  const int64_t batch = value.size(0), chunks = complete.size(1), entries = slots + chunks * chunk_size;
+  const bmojo::Check check("select", value);
+  TORCH_CHECK(slots >= 0 && chunk_size > 0, "select: expected chunks of one token at least, got ", slots,
+              " slots and chunks of ", chunk_size);
+  check(value, {batch, entries});
+  check(position, {batch, entries}, at::kLong);
+  check(complete, {batch, chunks}, at::kBool);
+  check(resets, {batch, chunks}, at::kBool);
+  const Sizes s{batch,
+                entries,
                 slots,
                 chunk_size,
-                complete.size(1),
+                chunks,
                 rate,
                 position.const_data_ptr<int64_t>(),
                 complete.const_data_ptr<bool>(),
@@ -97,9 +108,9 @@ std::tuple<Tensor, Tensor> select_best(const Tensor& value, const Tensor& positi
   Tensor kept = at::empty({s.batch, s.chunks + 1, slots}, position.options()), where = at::empty_like(kept);
   AT_DISPATCH_FLOATING_TYPES(value.scalar_type(), "select", [&] {
     const scalar_t* values = value.const_data_ptr<scalar_t>();
-    int64_t *entries = kept.mutable_data_ptr<int64_t>(), *positions = where.mutable_data_ptr<int64_t>();
+    int64_t *tokens = kept.mutable_data_ptr<int64_t>(), *positions = where.mutable_data_ptr<int64_t>();
     at::parallel_for(0, s.batch, 1, [&](int64_t begin, int64_t end) {
-      select_rows<scalar_t>(s, begin, end, values, entries, positions);
+      select_rows<scalar_t>(s, begin, end, values, tokens, positions);
     });
   });
   return {kept, where};
@@ -109,7 +120,8 @@ std::tuple<Tensor, Tensor> select_best(const Tensor& value, const Tensor& positi
 
 TORCH_LIBRARY_FRAGMENT(bmojo, library) {
   library.def(
-      "select(Tensor value, Tensor position, Tensor complete, Tensor? resets, int slots, int chunk_size, float rate) -> "
+      "select(Tensor value, Tensor position, Tensor complete, Tensor? resets, int slots, int chunk_size, float rate) "
+      "-> "
       "(Tensor, Tensor)");
 }
 

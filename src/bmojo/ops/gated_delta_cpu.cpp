@@ -142,12 +142,25 @@ void backward_kernel(const Scan& s, const T* go, const T* dlast, const T* q, con
   });
 }
 
+void check(const Scan& s, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta, const Tensor& g,
+           const std::optional<Tensor>& resets) {
+  const bmojo::Check check("gated_delta", v);
+  check(v, {s.batch, s.time, s.heads, s.width});
+  check(q, {s.batch, s.time, s.heads, s.states});
+  check(k, q.sizes());
+  check(beta, {s.batch, s.time, s.heads});
+  check(g, beta.sizes());
+  s.check(check, resets);
+}
+
 // o, the final state, and the states before every SPAN-th step if `keep`
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
                                            const Tensor& g, const std::optional<Tensor>& state,
                                            const std::optional<Tensor>& resets, int64_t chunk_size, bool exclusive,
                                            bool keep) {
   const Scan s(v, k.size(3), resets, chunk_size);
+  check(s, q, k, v, beta, g, resets);
+  bmojo::Check("gated_delta", v)(state, {s.batch, s.heads, s.states, s.width});
   Tensor o = at::empty_like(v), last = at::empty({s.batch, s.heads, s.states, s.width}, v.options());
   Tensor starts = at::empty({s.batch, keep ? s.spans : 0, s.heads, s.states, s.width}, v.options());
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "gated_delta", [&] {
@@ -164,6 +177,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& go, const Tensor& dlast, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
     const Tensor& g, const Tensor& starts, const std::optional<Tensor>& resets, int64_t chunk_size) {
   const Scan s(v, k.size(3), resets, chunk_size);
+  check(s, q, k, v, beta, g, resets);
+  const bmojo::Check check("gated_delta", v);
+  check(go, v.sizes());
+  check(dlast, {s.batch, s.heads, s.states, s.width});
+  check(starts, {s.batch, s.spans, s.heads, s.states, s.width});
   Tensor dq = at::zeros_like(q), dk = at::zeros_like(k), dv = at::empty_like(v);
   Tensor dbeta = at::zeros_like(beta), dg = at::zeros_like(g);
   Tensor dstate = at::empty({s.batch, s.heads, s.states, s.width}, v.options());

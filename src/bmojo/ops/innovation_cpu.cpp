@@ -20,6 +20,8 @@
 #include <tuple>
 #include <vector>
 
+#include "check_cpu.h"
+
 namespace {
 
 using at::Tensor;
@@ -83,8 +85,8 @@ void run_along(const Sizes& s, int64_t b, const T* k, T* added, T* A, T* M) {
   }
 }
 
-// M = L D L^T: row j of `rows` [dim, width] becomes column j of L (ones at j, zeros before), inverse[j] = 1 / D_j; not a
-// number where M is not positive definite. Columns beyond dim are zero.
+// M = L D L^T: row j of `rows` [dim, width] becomes column j of L (ones at j, zeros before), inverse[j] = 1 / D_j; not
+// a number where M is not positive definite. Columns beyond dim are zero.
 template <typename T>
 void factor(int64_t dim, int64_t width, T* rows, T* inverse) {
   using Vec = typename Lanes<T>::Vec;
@@ -181,11 +183,13 @@ std::tuple<Tensor, Tensor, Tensor> rls(const Tensor& k, const Tensor& valid, con
                                        const Tensor& M_before, const std::optional<Tensor>& resets, int64_t chunk_size,
                                        double forgetting, double ridge, double condition) {
   const int64_t batch = k.size(0), time = k.size(1), dim = k.size(2);
-  const std::vector<int64_t> sizes{batch, dim, dim};
-  const at::IntArrayRef matrices(sizes);
-  TORCH_CHECK(time % chunk_size == 0, "rls takes whole chunks of ", chunk_size, " tokens, got ", time, " tokens");
-  TORCH_CHECK(A_before.sizes() == matrices && M_before.sizes() == matrices, "rls takes A and M of the shape ", matrices,
-              ", got ", A_before.sizes(), " and ", M_before.sizes());
+  const bmojo::Check check("rls", k);
+  check.multiple(time, chunk_size, "tokens");
+  check(k, {batch, time, dim});
+  check(valid, {batch, time}, at::kBool);
+  check(A_before, {batch, dim, dim});
+  check(M_before, {batch, dim, dim});
+  check(resets, {batch, time / chunk_size}, at::kBool);
   const Sizes s{batch,
                 time / chunk_size,
                 chunk_size,

@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "check_cpu.h"
 #include "vectors_cpu.h"
 
 namespace {
@@ -51,6 +52,17 @@ struct Conv {
         size(weight.size(1)),
         lags(size - 1),
         position(position_ ? position_->const_data_ptr<int64_t>() : nullptr) {}
+
+  void check(const Tensor& extended, const Tensor& weight, const std::optional<Tensor>& bias,
+             const std::optional<Tensor>& position_) const {
+    const bmojo::Check check("causal_conv", extended);
+    TORCH_CHECK(size > 0 && time >= 0, "causal_conv: expected at least ", size, " - 1 inputs and one tap, got ",
+                time + lags, " inputs");
+    check(extended, {batch, lags + time, channels});
+    check(weight, {channels, size});
+    check(bias, {channels});
+    check(position_, {batch, time}, at::kLong);
+  }
 
   // how many tokens back step t may look
   int64_t reach(int64_t b, int64_t t) const { return position ? std::min(lags, position[b * time + t]) : lags; }
@@ -106,6 +118,7 @@ void each_tile(const Conv& c, const Work& work) {  // work(b, first channel)
 Tensor conv_forward(const Tensor& extended, const Tensor& weight, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& position, bool silu) {
   const Conv c(extended, weight, position);
+  c.check(extended, weight, bias, position);
   Tensor y = at::empty({c.batch, c.time, c.channels}, extended.options());
   AT_DISPATCH_FLOATING_TYPES(extended.scalar_type(), "conv", [&] {
     using T = scalar_t;
@@ -130,6 +143,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor&
                                                  const std::optional<Tensor>& bias,
                                                  const std::optional<Tensor>& position, bool silu) {
   const Conv c(extended, weight, position);
+  c.check(extended, weight, bias, position);
+  bmojo::Check("causal_conv", extended)(dy, {c.batch, c.time, c.channels});
   Tensor dx = at::empty_like(extended);
   Tensor dw = at::empty({c.batch, c.channels, c.size}, weight.options());
   Tensor db = at::empty({c.batch, c.channels}, weight.options());
@@ -180,12 +195,22 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor&
   return {dx, dw.sum(0), db.sum(0)};
 }
 
-// ---- rotary positions: x [rows, heads, width], cos and sin [table rows, width]; `back` turns the other way
+// ---- rotary positions: x [batch, ..., heads, width], cos and sin [batch or 1, ..., 1, width]; `back` turns the other
+// way
 
 Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back) {
+  const int64_t width = x.size(-1), half = width / 2, heads = x.size(-2);
+  const bmojo::Check check("rotate", x);
+  check.multiple(width, 2, "channels");
+  auto sizes = x.sizes().vec();
+  sizes[x.dim() - 2] = 1;
+  if (cos.dim() == x.dim() && x.dim() > 2 && cos.size(0) == 1) sizes[0] = 1;
+  check(x, x.sizes());
+  check(cos, sizes);
+  check(sin, sizes);
   Tensor y = at::empty_like(x);
-  const int64_t width = x.size(-1), half = width / 2, heads = x.size(-2), rows = x.numel() / (heads * width);
-  const int64_t table = cos.numel() / width;
+  if (!x.numel()) return y;
+  const int64_t rows = x.numel() / (heads * width), table = cos.numel() / width;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "rotate", [&] {
     using T = scalar_t;
     const T *in = x.const_data_ptr<T>(), *c = cos.const_data_ptr<T>(), *s = sin.const_data_ptr<T>();
@@ -217,9 +242,14 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool back) 
 
 // ---- RMS norm of rows [rows, width]
 
+int64_t rows_of(const Tensor& x, int64_t width) { return width ? x.numel() / width : 0; }
+
 std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& weight, double eps) {
+  const int64_t width = x.size(-1), rows = rows_of(x, width);
+  const bmojo::Check check("rms_norm", x);
+  check(x, x.sizes());
+  check(weight, {width});
   Tensor y = at::empty_like(x);
-  const int64_t width = x.size(-1), rows = x.numel() / width;
   Tensor inverse = at::empty({rows}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm", [&] {
     using T = scalar_t;
@@ -248,8 +278,13 @@ std::tuple<Tensor, Tensor> norm_forward(const Tensor& x, const Tensor& weight, d
 // gradients of x and weight
 std::tuple<Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                          const Tensor& inverse) {
+  const int64_t width = x.size(-1), rows = rows_of(x, width), each = rows_a_task(width);
+  const bmojo::Check check("rms_norm", x);
+  check(x, x.sizes());
+  check(dy, x.sizes());
+  check(weight, {width});
+  check(inverse, {rows});
   Tensor dx = at::empty_like(x);
-  const int64_t width = x.size(-1), rows = x.numel() / width, each = rows_a_task(width);
   const int64_t tasks = std::min<int64_t>(at::get_num_threads(), (rows + each - 1) / each);
   Tensor dw = at::zeros({tasks, width}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "norm", [&] {
@@ -291,8 +326,11 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& x, cons
 // ---- SwiGLU: x [rows, 2 width] = [gate, up]
 
 Tensor swiglu_forward(const Tensor& x) {
+  const bmojo::Check check("swiglu", x);
+  check.multiple(x.size(-1), 2, "channels");
+  check(x, x.sizes());
   auto shape = x.sizes().vec();
-  const int64_t width = shape.back() /= 2, rows = width ? x.numel() / (2 * width) : 0;
+  const int64_t width = shape.back() /= 2, rows = rows_of(x, 2 * width);
   Tensor y = at::empty(shape, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "swiglu", [&] {
     using T = scalar_t;
@@ -316,8 +354,13 @@ Tensor swiglu_forward(const Tensor& x) {
 }
 
 Tensor swiglu_backward(const Tensor& dy, const Tensor& x) {
+  const bmojo::Check check("swiglu", x);
+  check.multiple(x.size(-1), 2, "channels");
+  auto shape = x.sizes().vec();
+  const int64_t width = shape.back() /= 2, rows = rows_of(x, 2 * width);
+  check(x, x.sizes());
+  check(dy, shape);
   Tensor dx = at::empty_like(x);
-  const int64_t width = x.size(-1) / 2, rows = width ? x.numel() / (2 * width) : 0;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "swiglu", [&] {
     using T = scalar_t;
     const T *in = x.const_data_ptr<T>(), *g = dy.const_data_ptr<T>();

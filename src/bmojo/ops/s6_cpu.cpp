@@ -17,6 +17,8 @@
 #include <tuple>
 #include <vector>
 
+#include "check_cpu.h"
+
 namespace {
 
 using at::Tensor;
@@ -69,8 +71,10 @@ struct Tile {
     std::memcpy(v, from, sizeof(float) * count);
   }
   void store(float* to, int64_t count) const {
-    if (count == TILE) std::memcpy(to, v, sizeof v);
-    else std::memcpy(to, v, sizeof(float) * count);
+    if (count == TILE)
+      std::memcpy(to, v, sizeof v);
+    else
+      std::memcpy(to, v, sizeof(float) * count);
   }
 };
 
@@ -79,8 +83,13 @@ struct Sizes {
   const bool* resets;  // [batch, time / chunk]
 
   Sizes(const Tensor& x, const Tensor& B, const std::optional<Tensor>& resets_, int64_t chunk_size)
-      : batch(x.size(0)), time(x.size(1)), channels(x.size(2)), states(B.size(2)), chunk(chunk_size),
-        tiles((channels + TILE - 1) / TILE), spans((time + SPAN - 1) / SPAN),
+      : batch(x.size(0)),
+        time(x.size(1)),
+        channels(x.size(2)),
+        states(B.size(2)),
+        chunk(chunk_size),
+        tiles((channels + TILE - 1) / TILE),
+        spans((time + SPAN - 1) / SPAN),
         resets(resets_ ? resets_->const_data_ptr<bool>() : nullptr) {}
 
   bool reset(int64_t b, int64_t t) const { return resets && t % chunk == 0 && resets[b * (time / chunk) + t / chunk]; }
@@ -88,18 +97,16 @@ struct Sizes {
   int64_t row(int64_t b, int64_t t, int64_t tile) const { return (b * time + t) * channels + tile * TILE; }
 };
 
-void check(const Tensor& z, at::IntArrayRef sizes) {
-  TORCH_CHECK(z.sizes() == sizes && z.is_contiguous(), "s6: expected a contiguous tensor of ", sizes, ", got ", z.sizes());
-}
-
 void check(const Sizes& s, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C,
            const std::optional<Tensor>& resets) {
+  const bmojo::Check check("s6", x);
   check(x, {s.batch, s.time, s.channels});
   check(dt, {s.batch, s.time, s.channels});
   check(A, {s.states, s.channels});
   check(B, {s.batch, s.time, s.states});
   check(C, {s.batch, s.time, s.states});
-  if (resets) check(*resets, {s.batch, s.time / s.chunk});
+  if (resets) check.multiple(s.time, s.chunk, "tokens");
+  if (resets) check(*resets, {s.batch, s.time / s.chunk}, at::kBool);
 }
 
 void load_states(std::vector<Tile>& to, const float* from, const Sizes& s, int64_t tile) {
@@ -120,14 +127,14 @@ void scale(std::vector<Tile>& tiles, float by) {
 constexpr float LOG2_E = 1.4426950408889634f;
 
 // y, the final state, and the states before every SPAN-th step if `keep`
-std::tuple<Tensor, Tensor, Tensor> forward(
-    const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
-    const std::optional<Tensor>& state_, const std::optional<Tensor>& resets_, int64_t chunk_size, bool exclusive,
-    bool keep) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, const Tensor& dt_, const Tensor& A_, const Tensor& B_,
+                                           const Tensor& C_, const std::optional<Tensor>& state_,
+                                           const std::optional<Tensor>& resets_, int64_t chunk_size, bool exclusive,
+                                           bool keep) {
   const Sizes s(x_, B_, resets_, chunk_size);
   const int64_t N = s.states, block = N * s.channels;
   check(s, x_, dt_, A_, B_, C_, resets_);
-  if (state_) check(*state_, {s.batch, N, s.channels});
+  bmojo::Check("s6", x_)(state_, {s.batch, N, s.channels});
   Tensor y_ = at::empty({s.batch, s.time, s.channels}, x_.options());
   Tensor final_ = at::empty({s.batch, N, s.channels}, x_.options());
   Tensor starts_ = at::empty({s.batch, keep ? s.spans : 0, N, s.channels}, x_.options());
@@ -143,8 +150,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(
       const int64_t b = task / s.tiles, tile = task % s.tiles, width = s.width(tile);
       load_states(rate, A, s, tile);
       scale(rate, LOG2_E);
-      if (state) load_states(h, state + b * block, s, tile);
-      else clear(h);
+      if (state)
+        load_states(h, state + b * block, s, tile);
+      else
+        clear(h);
       for (int64_t t = 0; t < s.time; ++t) {
         if (keep && t % SPAN == 0) store_states(h, starts + (b * s.spans + t / SPAN) * block, s, tile);
         if (s.reset(b, t)) clear(h);
@@ -175,6 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Sizes s(x_, B_, resets_, chunk_size);
   const int64_t N = s.states, block = N * s.channels;
   check(s, x_, dt_, A_, B_, C_, resets_);
+  const bmojo::Check check("s6", x_);
   check(dy_, x_.sizes());
   check(dfinal_, {s.batch, N, s.channels});
   check(starts_, {s.batch, s.spans, N, s.channels});

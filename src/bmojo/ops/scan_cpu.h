@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "check_cpu.h"
 #include "vectors_cpu.h"
 
 namespace bmojo {
@@ -34,6 +35,10 @@ struct Scan {
         chunk(chunk_size),
         spans((time + SPAN - 1) / SPAN),
         resets(data<bool>(resets_)) {}
+  void check(const Check& check, const std::optional<at::Tensor>& given) const {
+    if (given) check.multiple(time, chunk, "tokens");
+    if (given) check(*given, {batch, time / chunk}, at::kBool);
+  }
   bool reset(int64_t b, int64_t t) const { return resets && t % chunk == 0 && resets[b * (time / chunk) + t / chunk]; }
   int64_t step(int64_t b, int64_t t, int64_t head) const { return (b * time + t) * heads + head; }
   int64_t state(int64_t b, int64_t head) const { return (b * heads + head) * states * width; }

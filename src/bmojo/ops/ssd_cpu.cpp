@@ -33,6 +33,7 @@ struct Sizes : bmojo::Scan {
   Sizes(const Tensor& x, const Tensor& B, const std::optional<Tensor>& resets, int64_t chunk_size)
       : Scan(x, B.size(3), resets, chunk_size), groups(B.size(2)) {
     const int64_t rows = std::max<int64_t>(1, batch * groups);
+    bmojo::Check("ssd", x).multiple(heads, groups, "heads");
     shares = std::min(heads / groups, (at::get_num_threads() + rows - 1) / rows);
   }
   int64_t shared(int64_t b, int64_t t, int64_t group) const { return ((b * time + t) * groups + group) * states; }
@@ -148,12 +149,25 @@ void backward_kernel(const Sizes& s, const T* dy, const T* dlast, const T* x, co
   });
 }
 
+void check(const Sizes& s, const Tensor& x, const Tensor& dt, const Tensor& rate, const Tensor& B, const Tensor& C,
+           const std::optional<Tensor>& resets) {
+  const bmojo::Check check("ssd", x);
+  check(x, {s.batch, s.time, s.heads, s.width});
+  check(dt, {s.batch, s.time, s.heads});
+  check(rate, {s.heads});
+  check(B, {s.batch, s.time, s.groups, s.states});
+  check(C, B.sizes());
+  s.check(check, resets);
+}
+
 // y, the final state, and the states before every SPAN-th step if `keep`; rate [heads] = exp(A_log)
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& dt, const Tensor& rate, const Tensor& B,
                                            const Tensor& C, const std::optional<Tensor>& state,
                                            const std::optional<Tensor>& resets, int64_t chunk_size, bool exclusive,
                                            bool keep) {
   const Sizes s(x, B, resets, chunk_size);
+  check(s, x, dt, rate, B, C, resets);
+  bmojo::Check("ssd", x)(state, {s.batch, s.heads, s.states, s.width});
   Tensor y = at::empty_like(x), last = at::empty({s.batch, s.heads, s.states, s.width}, x.options());
   Tensor starts = at::empty({s.batch, keep ? s.spans : 0, s.heads, s.states, s.width}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "ssd", [&] {
@@ -170,6 +184,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dy, const Tensor& dlast, const Tensor& x, const Tensor& dt, const Tensor& rate, const Tensor& B,
     const Tensor& C, const Tensor& starts, const std::optional<Tensor>& resets, int64_t chunk_size) {
   const Sizes s(x, B, resets, chunk_size);
+  check(s, x, dt, rate, B, C, resets);
+  const bmojo::Check check("ssd", x);
+  check(dy, x.sizes());
+  check(dlast, {s.batch, s.heads, s.states, s.width});
+  check(starts, {s.batch, s.spans, s.heads, s.states, s.width});
   Tensor dx = at::empty_like(x), ddt = at::zeros_like(dt), drate = at::empty({s.batch, s.heads}, x.options());
   Tensor dB = at::zeros({s.shares, s.batch, s.time, s.groups, s.states}, x.options()), dC = at::zeros_like(dB);
   Tensor dstate = at::empty({s.batch, s.heads, s.states, s.width}, x.options());

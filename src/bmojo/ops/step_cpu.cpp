@@ -14,6 +14,7 @@
 #include <optional>
 #include <vector>
 
+#include "check_cpu.h"
 #include "vectors_cpu.h"
 
 namespace {
@@ -47,14 +48,22 @@ inline void add(T* y, T a, const T* x, int64_t count) {
 // state [batch, heads, states, width], x [batch, heads, width], dt [batch, heads], B and C [batch, groups, states]
 Tensor ssd_step(Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& rate, const Tensor& B,
                 const Tensor& C) {
+  const int64_t batch = x.size(0), heads = x.size(1), width = x.size(2), groups = B.size(1), states = B.size(2);
+  const bmojo::Check check("ssd_step", x);
+  check.multiple(heads, groups, "heads");
+  check(state, {batch, heads, states, width});
+  check(x, {batch, heads, width});
+  check(dt, {batch, heads});
+  check(rate, {heads});
+  check(B, {batch, groups, states});
+  check(C, B.sizes());
   Tensor y = at::empty_like(x);
-  const int64_t heads = x.size(1), width = x.size(2), groups = B.size(1), states = B.size(2);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "ssd_step", [&] {
     using T = scalar_t;
     T *h = state.mutable_data_ptr<T>(), *out = y.mutable_data_ptr<T>();
     const T *xs = x.const_data_ptr<T>(), *steps = dt.const_data_ptr<T>(), *rates = rate.const_data_ptr<T>();
     const T *Bs = B.const_data_ptr<T>(), *Cs = C.const_data_ptr<T>();
-    at::parallel_for(0, x.size(0) * heads, grain(states * width), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, batch * heads, grain(states * width), [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; ++at) {
         const int64_t head = at % heads, shared = (at / heads * groups + head / (heads / groups)) * states;
         const T decay = std::exp(-steps[at] * rates[head]);
@@ -78,14 +87,21 @@ Tensor ssd_step(Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& 
 // state [batch, heads, states, width], q and k [batch, heads, states], v [batch, heads, width], beta, g [batch, heads]
 Tensor gated_delta_step(Tensor& state, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
                         const Tensor& g) {
+  const int64_t batch = v.size(0), heads = v.size(1), width = v.size(2), states = k.size(2);
+  const bmojo::Check check("gated_delta_step", v);
+  check(state, {batch, heads, states, width});
+  check(q, {batch, heads, states});
+  check(k, q.sizes());
+  check(v, {batch, heads, width});
+  check(beta, {batch, heads});
+  check(g, beta.sizes());
   Tensor o = at::empty_like(v);
-  const int64_t width = v.size(2), states = k.size(2);
   AT_DISPATCH_FLOATING_TYPES(v.scalar_type(), "gated_delta_step", [&] {
     using T = scalar_t;
     T *S = state.mutable_data_ptr<T>(), *out = o.mutable_data_ptr<T>();
     const T *qs = q.const_data_ptr<T>(), *ks = k.const_data_ptr<T>(), *vs = v.const_data_ptr<T>();
     const T *rates = beta.const_data_ptr<T>(), *logs = g.const_data_ptr<T>();
-    at::parallel_for(0, v.size(0) * v.size(1), grain(2 * states * width), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, batch * heads, grain(2 * states * width), [&](int64_t begin, int64_t end) {
       std::vector<T> error(width);
       for (int64_t at = begin; at < end; ++at) {
         const T decay = std::exp(logs[at]), *key = ks + at * states, *query = qs + at * states;
@@ -110,12 +126,18 @@ Tensor gated_delta_step(Tensor& state, const Tensor& q, const Tensor& k, const T
 
 // tail [batch, lags, channels], the inputs before x [batch, channels], moves on by one
 Tensor conv_step(Tensor& tail, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool silu) {
+  const int64_t batch = x.size(0), channels = x.size(1), lags = weight.size(1) - 1;
+  const bmojo::Check check("conv_step", x);
+  TORCH_CHECK(lags >= 0, "conv_step: expected at least one tap, got none");
+  check(tail, {batch, lags, channels});
+  check(x, {batch, channels});
+  check(weight, {channels, lags + 1});
+  check(bias, {channels});
   Tensor y = at::empty_like(x);
-  const int64_t channels = x.size(1), lags = weight.size(1) - 1;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "conv_step", [&] {
     using T = scalar_t;
     const T *w = weight.const_data_ptr<T>(), *b = bias ? bias->const_data_ptr<T>() : nullptr;
-    for (int64_t row = 0; row < x.size(0); ++row) {
+    for (int64_t row = 0; row < batch; ++row) {
       const T* in = x.const_data_ptr<T>() + row * channels;
       T *past = tail.mutable_data_ptr<T>() + row * lags * channels, *out = y.mutable_data_ptr<T>() + row * channels;
       for (int64_t i = 0; i < channels; ++i) {
@@ -134,24 +156,45 @@ Tensor conv_step(Tensor& tail, const Tensor& x, const Tensor& weight, const std:
 
 // rows [batch, entries, ...]: value [batch, ...] is written to entry index [batch]
 void put(Tensor& rows, const Tensor& index, const Tensor& value) {
-  const int64_t size = value.numel() / value.size(0) * value.element_size();
-  const int64_t apart = rows.size(1) * size, *at = index.const_data_ptr<int64_t>();
+  const int64_t batch = rows.size(0), entries = rows.size(1);
+  const bmojo::Check check("put", rows);
+  auto one = rows.sizes().vec();
+  one.erase(one.begin() + 1);
+  check(rows, rows.sizes());
+  check(index, {batch}, at::kLong);
+  check(value, one);
+  if (!value.numel()) return;
+  const int64_t size = value.numel() / batch * value.element_size(), *at = index.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < batch; ++b)
+    TORCH_CHECK_INDEX(0 <= at[b] && at[b] < entries, "put: expected an index in [0, ", entries, "), got ", at[b]);
   char* to = static_cast<char*>(rows.mutable_data_ptr());
   const char* from = static_cast<const char*>(value.const_data_ptr());
-  for (int64_t b = 0; b < rows.size(0); ++b) std::memcpy(to + b * apart + at[b] * size, from + b * size, size);
+  for (int64_t b = 0; b < batch; ++b) std::memcpy(to + (b * entries + at[b]) * size, from + b * size, size);
 }
 
 // One query a head, q [batch, heads, width], against the visible rows of several sets of keys and values
 // [batch, entries, kv_heads, .]; visible [batch, entries] bool. Zero if none is.
 Tensor attend_step(const Tensor& q, TensorList k, TensorList v, TensorList visible) {
-  const int64_t heads = q.size(1), width = q.size(2), kv_heads = k[0].size(2), value_width = v[0].size(3);
-  Tensor o = at::empty({q.size(0), heads, value_width}, q.options());
+  TORCH_CHECK(k.size() && k.size() == v.size() && k.size() == visible.size(),
+              "attend_step: expected as many keys as values and masks, one at least, got ", k.size(), ", ", v.size(),
+              " and ", visible.size());
+  const int64_t batch = q.size(0), heads = q.size(1), width = q.size(2);
+  const int64_t kv_heads = k[0].size(2), value_width = v[0].size(3);
+  const bmojo::Check check("attend_step", q);
+  check.multiple(heads, kv_heads, "heads");
+  check(q, {batch, heads, width});
+  for (size_t part = 0; part < k.size(); ++part) {
+    check(k[part], {batch, k[part].size(1), kv_heads, width});
+    check(v[part], {batch, k[part].size(1), kv_heads, value_width});
+    check(visible[part], {batch, k[part].size(1)}, at::kBool);
+  }
+  Tensor o = at::empty({batch, heads, value_width}, q.options());
   int64_t entries = 0;
   for (const Tensor& z : k) entries += z.size(1);
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "attend_step", [&] {
     using T = scalar_t;
     const T scale = 1 / std::sqrt(static_cast<T>(width)), none = -std::numeric_limits<T>::infinity();
-    at::parallel_for(0, q.size(0) * heads, grain(2 * entries * width), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, batch * heads, grain(2 * entries * width), [&](int64_t begin, int64_t end) {
       std::vector<T> scores(entries);
       for (int64_t at = begin; at < end; ++at) {
         const int64_t b = at / heads, group = at % heads / (heads / kv_heads);
@@ -191,12 +234,17 @@ Tensor attend_step(const Tensor& q, TensorList k, TensorList v, TensorList visib
 // The score of k [batch, dim], and A and M [batch, dim, dim] after it
 Tensor rls_step(Tensor& A, Tensor& M, const Tensor& k, const Tensor& ends, double forgetting, double ridge,
                 double condition) {
-  const int64_t dim = k.size(1);
-  Tensor score = at::empty({k.size(0)}, k.options());
+  const int64_t batch = k.size(0), dim = k.size(1);
+  const bmojo::Check check("rls_step", k);
+  check(A, {batch, dim, dim});
+  check(M, A.sizes());
+  check(k, {batch, dim});
+  check(ends, {batch}, at::kBool);
+  Tensor score = at::empty({batch}, k.options());
   AT_DISPATCH_FLOATING_TYPES(k.scalar_type(), "rls_step", [&] {
     using T = scalar_t;
     const T g = static_cast<T>(forgetting);
-    at::parallel_for(0, k.size(0), grain(dim * dim * dim), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, batch, grain(dim * dim * dim), [&](int64_t begin, int64_t end) {
       std::vector<T> factor(dim * dim), solved(dim);
       for (int64_t b = begin; b < end; ++b) {
         const T* key = k.const_data_ptr<T>() + b * dim;
