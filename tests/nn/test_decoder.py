@@ -8,6 +8,7 @@ from cases import close, draw_tokens, make_model, same_state, small_preset
 
 from bmojo.errors import ConfigError
 from bmojo.nn.decoder import Decoder
+from bmojo.presets import PRESETS
 
 CASES = [(name, {}) for name in ("swa", "mamba2", "gdn", "hybrid", "bmojo_f", "bmojo")]
 CASES += [("bmojo", {"innovation": kind}) for kind in ("ema", "head", "state")]
@@ -65,3 +66,19 @@ def test_it_is_static_on_a_gpu_where_it_can_be(monkeypatch):
     with pytest.raises(ConfigError, match=r"keep the whole past has a state that grows.*use static=False or a window"):
         Decoder(whole, whole.empty_state(), static=True)
     assert Decoder(whole, whole.empty_state()).static is False
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "transformer"])
+@torch.inference_mode()
+def test_on_a_cpu_no_part_of_the_state_is_made_anew_within_a_chunk(name):
+    model = make_model(small_preset(name))
+    _, state = model(draw_tokens(2, model.config.chunk_size))
+    state = state.clone()
+    where = [{key: z.data_ptr() for key, z in layer.items()} for layer in state.layers]
+    for t in range(model.config.chunk_size - 1):
+        _, state = model(draw_tokens(2, 1, t), state, donate=True)
+    counts = {"position", "document", "last_y"}  # a number a row; the vector that a token leaves
+    for layer, before in zip(state.layers, where, strict=True):
+        assert {key: z.data_ptr() for key, z in layer.items() if key not in counts} == {
+            key: address for key, address in before.items() if key not in counts
+        }

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import close, draw_tokens, make_model, small_preset
 
-from bmojo.ops import attention, gated_delta, innovation, layers, ssd, step_cpu
+from bmojo.ops import attention, gated_delta, innovation, layers, s6, ssd, step_cpu
 
 KINDS = [(torch.float64, 1e-12), (torch.float32, 2e-6)]
 
@@ -31,11 +31,14 @@ def cases(dtype: torch.dtype) -> dict:
             "C": normal(2, 2, 3), "state": normal(2, 4, 3, 9)}  # fmt: skip
     delta = {"q": normal(2, 4, 3), "k": F.normalize(normal(2, 4, 3), dim=-1), "v": normal(2, 4, 9),
              "beta": normal(2, 4).sigmoid(), "g": -F.softplus(normal(2, 4)), "state": normal(2, 4, 3, 9)}  # fmt: skip
+    selective = {"x": normal(2, 7), "dt": F.softplus(normal(2, 7)), "A_log": normal(7, 3), "B": normal(2, 3),
+                 "C": normal(2, 3), "state": normal(2, 3, 7)}  # fmt: skip
     conv = {"x": normal(2, 7), "tail": normal(2, 3, 7), "weight": normal(7, 4), "bias": normal(7)}
     put = {"rows": normal(2, 5, 2, 3), "index": torch.tensor([4, 0]), "value": normal(2, 2, 3)}
     attend = {"q": normal(2, 4, 12), "keys": rows, "values": [normal(*z.shape) for z in rows], "masks": masks}
     return {
         "ssd": (step_cpu.ssd_decode, ssd.ssd_step, step, ["state"]),
+        "s6": (step_cpu.s6_decode, s6.s6_step, selective, ["state"]),
         "gated_delta": (step_cpu.gated_delta_decode, gated_delta.gated_delta_step, delta, ["state"]),
         "conv": (step_cpu.causal_conv_decode, layers._causal_conv_decode, conv, ["tail"]),
         "conv of one tap": (step_cpu.causal_conv_decode, layers._causal_conv_decode,
@@ -90,7 +93,7 @@ def test_other_dtypes_take_the_forms_in_pytorch():
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "gdn", "bmojo"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "gdn", "bmojo"])
 def test_a_state_that_gradients_need_is_not_written_to_unseen(name):
     model = make_model(small_preset(name))
     tokens = draw_tokens(2, 3)

@@ -22,7 +22,7 @@ from bmojo.memory.step import Step
 from bmojo.nn.init import CausalConv, Linear, Output, RMSNorm
 from bmojo.ops.gated_delta import gated_delta, gated_delta_decode
 from bmojo.ops.numerics import at_least_float32, repeat_groups
-from bmojo.ops.s6 import s6, s6_step
+from bmojo.ops.s6 import s6, s6_decode
 from bmojo.ops.ssd import ssd, ssd_decode
 
 State = dict[str, Tensor]
@@ -252,7 +252,7 @@ class S6(FadingMemory):
         prediction = None
         if predict:
             prediction = x[:, None].detach(), (at_least_float32(_dual(B))[:, None] @ state["ssm"]).detach()
-        scanned, h = s6_step(x, dt, self.A_log, B, C, state=state["ssm"])
+        scanned, h = s6_decode(x, dt, self.A_log, B, C, state=at.own(state["ssm"]))
         return self._output(scanned, x, z), {"ssm": h, "ssm_conv": tail}, prediction
 
 

@@ -82,6 +82,9 @@ def s6_chunked(
     return (C[..., None, :] @ states).reshape(batch, time, channels), h
 
 
+s6_decode = dispatched(  # `state` is given up
+    chunked=s6_step, naive=s6_step, fused={"cpu": "bmojo.ops.step_cpu:s6_decode"}
+)
 s6 = dispatched(
     chunked=s6_chunked,
     naive=s6_naive,

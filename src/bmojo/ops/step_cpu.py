@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bmojo.ops import attention, gated_delta, innovation, layers, ssd
+from bmojo.ops import attention, gated_delta, innovation, layers, s6, ssd
 from bmojo.ops.native import load_ops
 
 load_ops("step_cpu.cpp")
@@ -35,6 +35,14 @@ def ssd_decode(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, *, st
     y = _ops.ssd_step(state, *(z.contiguous() for z in (x, dt, A_log.exp(), B, C)))
     _written(state)
     return y, state
+
+
+def s6_decode(x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
+    """As `bmojo.ops.s6.s6_step`, on `state`, which is written in place: by PyTorch, whose exponentials are fast."""
+    if not _ready(state, x, dt, A_log, B, C):
+        return s6.s6_step(x, dt, A_log, B, C, state=state)
+    state.mul_((dt[:, None] * -A_log.exp().T).exp_()).addcmul_(B[..., None], (x * dt)[:, None])
+    return (C[:, None] @ state).squeeze(1), state
 
 
 def gated_delta_decode(
