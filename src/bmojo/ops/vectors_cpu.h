@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <type_traits>
 
 namespace bmojo {
@@ -87,6 +88,14 @@ struct Tile {
 template <typename T>
 inline T sum(const Tile<T>& tile) {
   return sum((tile.v[0] + tile.v[1]) + (tile.v[2] + tile.v[3]));
+}
+
+// sums += recent, which starts anew: sums of sums, because one long sum loses digits
+template <typename Tiles>
+inline void gather(Tiles& sums, Tiles& recent) {
+  for (size_t i = 0; i < sums.size(); ++i)
+    for (size_t j = 0; j < std::size(sums[i].v); ++j) sums[i].v[j] += recent[i].v[j];
+  std::memset(recent.data(), 0, sizeof(recent[0]) * recent.size());
 }
 
 }  // namespace bmojo
