@@ -31,7 +31,7 @@ struct Sizes : bmojo::Scan {
   int64_t groups, shares;
 
   Sizes(const Tensor& x, const Tensor& B, const std::optional<Tensor>& resets, int64_t chunk_size)
-      : Scan(x, B.size(3), resets, chunk_size), groups(B.size(2)) {
+      : Scan(x, x.size(2), B.size(3), resets, chunk_size), groups(B.size(2)) {
     const int64_t rows = std::max<int64_t>(1, batch * groups);
     bmojo::Check("ssd", x).multiple(heads, groups, "heads");
     shares = std::min(heads / groups, (at::get_num_threads() + rows - 1) / rows);
