@@ -113,3 +113,18 @@ def test_gradients_of_gradients_are_refused():
     (gradient,) = torch.autograd.grad(layers_cpu.swiglu(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="use_backend"):
         torch.autograd.grad(gradient.sum(), x)
+
+
+def test_gradients_of_weights_keep_their_digits_over_many_rows():
+    """Sums of 65,536 terms in float32, whose mean is not zero."""
+    x, dy = (normal(65536, 16, seed=seed).detach() + 1 for seed in (0, 1))
+    weight, taps = normal(16, seed=2).detach(), normal(16, 4, seed=3).detach()
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        z, g, w, t = (each.to(dtype) for each in (x, dy, weight, taps))
+        inverse = torch.ops.bmojo.norm_forward(z, w, 1e-5)[1]
+        padded = torch.cat((z.new_zeros(3, 16), z))[None]
+        conv = torch.ops.bmojo.conv_backward(g[None], padded, t, w, None, False)
+        results.append((torch.ops.bmojo.norm_backward(g, z, w, inverse)[1], *conv[1:]))
+    for exact, got in zip(*results, strict=True):
+        close(got, exact, 1e-6)

@@ -227,6 +227,7 @@ def test_exported():
 
 
 def test_a_machine_without_a_compiler_is_told_and_runs_chunked(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_failed", {})
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ImportError, match=r"s6_cpu.cpp can't be compiled here .*no-such-compiler"):
@@ -248,6 +249,7 @@ def test_an_error_of_the_compiler_is_in_the_reason(monkeypatch, tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho unknown option >&2\nexit 1\n")
     compiler.chmod(0o755)
+    monkeypatch.setattr(native, "_failed", {})
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(ImportError, match="unknown option"):

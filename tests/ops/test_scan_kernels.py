@@ -91,6 +91,19 @@ def test_strong_decay_leaves_the_gradients_exact(op):
     near(run(kernel, args, torch.float32), run(naive, args, torch.float64), 1e-6)
 
 
+def test_the_rates_gradient_keeps_its_digits_over_many_steps():
+    """A sum over 16,384 steps in float32, whose mean is not zero."""
+    args = inputs("ssd", 16384, 2, 1, 4, 2)
+    args = {name: z + 1 if name in ("x", "B", "C") else z for name, z in args.items()} | {"A_log": torch.zeros(2)}
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        z = {name: each.to(dtype) for name, each in args.items()}
+        rate = z["A_log"].requires_grad_()
+        ssd_cpu.ssd(**z, chunk_size=CHUNK)[0].sum().backward()
+        gradients.append(rate.grad.double())
+    assert (gradients[1] / gradients[0] - 1).abs().max() < 5e-7
+
+
 @pytest.mark.parametrize("op", FORMS)
 def test_neither_strides_nor_threads_matter(op):
     kernel, naive, _ = FORMS[op]

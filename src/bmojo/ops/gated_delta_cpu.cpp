@@ -25,8 +25,9 @@ using bmojo::SPAN;
 using bmojo::Tile;
 
 // work(b, head, first column, columns)
-template <typename Work>
-void parallel(const Scan& s, int64_t tile, const Work& work) {
+template <typename T, typename Work>
+void parallel(const Scan& s, const Work& work) {
+  constexpr int64_t tile = Tile<T>::WIDTH;
   at::parallel_for(0, s.batch * s.heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task)
       for (int64_t first = 0; first < s.width; first += tile)
@@ -49,7 +50,7 @@ Tile<T> shrink(Tile<T>* kept, const Tile<T>* S, const T* k, T decay, Tile<T> err
 template <typename T>
 void forward_kernel(const Scan& s, const T* q, const T* k, const T* v, const T* beta, const T* g, const T* state, T* o,
                     T* last, T* starts, bool exclusive) {
-  parallel(s, Tile<T>::WIDTH, [&](int64_t b, int64_t head, int64_t first, int64_t count) {
+  parallel<T>(s, [&](int64_t b, int64_t head, int64_t first, int64_t count) {
     std::vector<Tile<T>> S(s.states);
     load(S, state ? state + s.state(b, head) : nullptr, s, first, count);
     for (int64_t t = 0; t < s.time; ++t) {
@@ -80,7 +81,7 @@ void forward_kernel(const Scan& s, const T* q, const T* k, const T* v, const T* 
 template <typename T>
 void backward_kernel(const Scan& s, const T* go, const T* dlast, const T* q, const T* k, const T* v, const T* beta,
                      const T* g, const T* starts, T* dq, T* dk, T* dv, T* dbeta, T* dg, T* dstate) {
-  parallel(s, Tile<T>::WIDTH, [&](int64_t b, int64_t head, int64_t first, int64_t count) {
+  parallel<T>(s, [&](int64_t b, int64_t head, int64_t first, int64_t count) {
     std::vector<Tile<T>> S(s.states), dS(s.states), kept(SPAN * s.states);  // kept: exp(g) S_{t-1} of every step
     Tile<T> error[SPAN];                                                    // v - kept^T k
     load(dS, dlast + s.state(b, head), s, first, count);
@@ -158,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
                                            const Tensor& g, const std::optional<Tensor>& state,
                                            const std::optional<Tensor>& resets, int64_t chunk_size, bool exclusive,
                                            bool keep) {
-  const Scan s(v, k.size(3), resets, chunk_size);
+  const Scan s(v, v.size(2), k.size(3), resets, chunk_size);
   check(s, q, k, v, beta, g, resets);
   bmojo::Check("gated_delta", v)(state, {s.batch, s.heads, s.states, s.width});
   Tensor o = at::empty_like(v), last = at::empty({s.batch, s.heads, s.states, s.width}, v.options());
@@ -176,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& go, const Tensor& dlast, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& beta,
     const Tensor& g, const Tensor& starts, const std::optional<Tensor>& resets, int64_t chunk_size) {
-  const Scan s(v, k.size(3), resets, chunk_size);
+  const Scan s(v, v.size(2), k.size(3), resets, chunk_size);
   check(s, q, k, v, beta, g, resets);
   const bmojo::Check check("gated_delta", v);
   check(go, v.sizes());

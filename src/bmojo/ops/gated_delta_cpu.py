@@ -16,6 +16,7 @@ def gated_delta(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, *,
     chunk_size: int, state: Tensor | None = None, resets: Tensor | None = None, exclusive: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `bmojo.ops.gated_delta`; the chunked form runs for gradients of `exclusive` reads."""
     inputs = tuple(map(at_least_float32, (q, k, v, beta, g)))
     done = _scan(inputs, state, resets, chunk_size, exclusive)
     options = {"chunk_size": chunk_size, "state": state, "resets": resets, "exclusive": exclusive}

@@ -21,17 +21,17 @@
 #include <vector>
 
 #include "check_cpu.h"
+#include "vectors_cpu.h"
 
 namespace {
 
 using at::Tensor;
 constexpr int64_t BLOCK = 4;
 
-template <typename T>
-struct Lanes {
-  static constexpr int64_t COUNT = 32 / sizeof(T);
-  typedef T Vec __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));  // seen where scalars lie
-};
+using bmojo::Lanes;
+using bmojo::load;
+using bmojo::store;
+using bmojo::Vec;
 
 struct Sizes {
   int64_t batch, chunks, chunk, dim;
@@ -89,7 +89,6 @@ void run_along(const Sizes& s, int64_t b, const T* k, T* added, T* A, T* M) {
 // a number where M is not positive definite. Columns beyond dim are zero.
 template <typename T>
 void factor(int64_t dim, int64_t width, T* rows, T* inverse) {
-  using Vec = typename Lanes<T>::Vec;
   constexpr int64_t L = Lanes<T>::COUNT;
   for (int64_t j = 0; j < dim; ++j) {
     T* row = rows + j * width;
@@ -97,7 +96,7 @@ void factor(int64_t dim, int64_t width, T* rows, T* inverse) {
     for (int64_t i = j + 1; i < dim; ++i) {
       const T share = row[i] * inverse[j];
       for (int64_t r = i / L * L; r < width; r += L)
-        *reinterpret_cast<Vec*>(rows + i * width + r) -= share * *reinterpret_cast<const Vec*>(row + r);
+        store(rows + i * width + r, load(rows + i * width + r) - share * load(row + r));
     }
     std::fill_n(row, j, T(0));
     row[j] = 1;
@@ -109,7 +108,6 @@ void factor(int64_t dim, int64_t width, T* rows, T* inverse) {
 // a token after column j is zero up to j, because L has ones there.
 template <typename T, int N>
 void absorb(int64_t dim, int64_t width, T* columns, T* inverse, T* tokens, T* leverage) {
-  using Vec = typename Lanes<T>::Vec;
   constexpr int64_t L = Lanes<T>::COUNT;
   T sum[N] = {};
   for (int64_t j = 0; j < dim; ++j) {
@@ -123,15 +121,14 @@ void absorb(int64_t dim, int64_t width, T* columns, T* inverse, T* tokens, T* le
       inverse[j] *= before * after;
     }
     for (int64_t r = j / L * L; r < width; r += L) {
-      Vec& to = *reinterpret_cast<Vec*>(column + r);
-      Vec l = to;
+      Vec<T> l = load(column + r);
       for (int t = 0; t < N; ++t) {
-        Vec& token = *reinterpret_cast<Vec*>(tokens + t * width + r);
-        const Vec rest = token - along[t] * l;
-        token = rest;
+        T* token = tokens + t * width + r;
+        const Vec<T> rest = load(token) - along[t] * l;
+        store(token, rest);
         l += back[t] * rest;
       }
-      to = l;
+      store(column + r, l);
     }
   }
   std::copy_n(sum, N, leverage);

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "check_cpu.h"
@@ -27,6 +28,7 @@ using bmojo::store;
 using bmojo::Tile;
 using bmojo::Vec;
 constexpr int64_t GRAIN = 16384;  // elements, the least that a thread is woken for
+constexpr int64_t SUMMED = 128;   // terms of a sum of weights' gradients: one long sum loses digits
 
 int64_t rows_a_task(int64_t width) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, width)); }
 
@@ -157,9 +159,9 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor&
     each_tile<T>(c, [&](int64_t b, int64_t first) {
       const Taps<T> taps(c, b, first, w, b0, x);
       // slopes: of the last `size` steps; of step t at t % size
-      std::vector<Tile<T>> slopes(c.size, Tile<T>{}), sums(c.size, Tile<T>{});
-      Tile<T> total = {};
-      for (int64_t u = -c.lags; u < c.time; ++u) {  // input u, once that of step u + lags is known
+      std::vector<Tile<T>> slopes(c.size, Tile<T>{});
+      std::vector<Tile<T>> sums(c.size + 1, Tile<T>{}), recent = sums;  // of the weight, by lag, and of the bias
+      for (int64_t u = -c.lags; u < c.time; ++u) {                      // input u, once that of step u + lags is known
         const int64_t t = u + c.lags;
         Tile<T>& slope = slopes[t % c.size];
         slope = Tile<T>{};
@@ -172,11 +174,12 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor&
               slope.v[j] *= s + z.v[j] * s * (1 - s);
             }
           }
-          for (int64_t j = 0; j < V; ++j) total.v[j] += slope.v[j];
+          for (int64_t j = 0; j < V; ++j) recent[c.size].v[j] += slope.v[j];
           for (int64_t lag = 0; lag <= c.reach(b, t); ++lag) {
             const Tile<T> in = taps.input(t, lag);
-            for (int64_t j = 0; j < V; ++j) sums[lag].v[j] += slope.v[j] * in.v[j];
+            for (int64_t j = 0; j < V; ++j) recent[lag].v[j] += slope.v[j] * in.v[j];
           }
+          if ((t + 1) % SUMMED == 0 || t + 1 == c.time) bmojo::gather(sums, recent);
         }
         Tile<T> sum = {};
         for (int64_t lag = std::max<int64_t>(0, -u); lag <= c.lags && u + lag < c.time; ++lag)
@@ -184,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor&
             for (int64_t j = 0; j < V; ++j) sum.v[j] += slopes[(u + lag) % c.size].v[j] * taps.weight[lag].v[j];
         sum.store(out + (b * (c.time + c.lags) + u + c.lags) * c.channels + first, taps.count);
       }
-      total.store(dbias + b * c.channels + first, taps.count);
+      sums[c.size].store(dbias + b * c.channels + first, taps.count);
       T one[Tile<T>::WIDTH];
       for (int64_t lag = 0; lag < c.size; ++lag) {
         sums[lag].store(one, Tile<T>::WIDTH);
@@ -294,8 +297,9 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& x, cons
     T *out = dx.mutable_data_ptr<T>(), *dweight = dw.mutable_data_ptr<T>();
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        T* sums = dweight + task * width;
-        for (int64_t row = rows * task / tasks; row < rows * (task + 1) / tasks; ++row) {
+        const int64_t first = rows * task / tasks, last = rows * (task + 1) / tasks;
+        std::vector<T> sums(width);
+        for (int64_t row = first; row < last; ++row) {
           const T *from = in + row * width, *slope = g + row * width;
           T* to = out + row * width;
           const T by = r[row];
@@ -306,7 +310,7 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& x, cons
               [&](int64_t i) {
                 const Vec<T> product = load(slope + i) * load(from + i);
                 dots += product * load(w + i);
-                store(sums + i, load(sums + i) + product * by);
+                store(&sums[i], load(&sums[i]) + product * by);
               },
               [&](int64_t i) {
                 rest += slope[i] * from[i] * w[i];
@@ -316,6 +320,8 @@ std::tuple<Tensor, Tensor> norm_backward(const Tensor& dy, const Tensor& x, cons
           along<T>(
               width, [&](int64_t i) { store(to + i, load(slope + i) * load(w + i) * by - load(from + i) * along_x); },
               [&](int64_t i) { to[i] = slope[i] * w[i] * by - from[i] * along_x; });
+          if ((row + 1 - first) % SUMMED && row + 1 < last) continue;
+          for (int64_t i = 0; i < width; ++i) dweight[task * width + i] += std::exchange(sums[i], T(0));
         }
       }
     });

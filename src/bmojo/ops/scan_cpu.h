@@ -26,14 +26,15 @@ struct Scan {
   int64_t batch, time, heads, width, states, chunk, spans;
   const bool* resets;  // [batch, time / chunk]
 
-  Scan(const at::Tensor& x, int64_t states_, const std::optional<at::Tensor>& resets_, int64_t chunk_size)
+  Scan(const at::Tensor& x, int64_t heads, int64_t states, const std::optional<at::Tensor>& resets_, int64_t chunk_size,
+       int64_t span = SPAN)
       : batch(x.size(0)),
         time(x.size(1)),
-        heads(x.size(2)),
-        width(x.size(3)),
-        states(states_),
+        heads(heads),
+        width(x.size(-1)),
+        states(states),
         chunk(chunk_size),
-        spans((time + SPAN - 1) / SPAN),
+        spans((time + span - 1) / span),
         resets(data<bool>(resets_)) {}
   void check(const Check& check, const std::optional<at::Tensor>& given) const {
     if (given) check.multiple(time, chunk, "tokens");
@@ -45,20 +46,20 @@ struct Scan {
   int64_t start(int64_t b, int64_t span, int64_t head) const { return state(b * spans + span, head); }
 };
 
-template <typename T>
-void clear(std::vector<Tile<T>>& tiles) {
-  std::memset(tiles.data(), 0, sizeof(Tile<T>) * tiles.size());
+template <typename T, int BYTES>
+void clear(std::vector<Tile<T, BYTES>>& tiles) {
+  std::memset(tiles.data(), 0, sizeof(Tile<T, BYTES>) * tiles.size());
 }
 
 // `count` channels, from `first` on, of a state [states, width]; zero if there is none
-template <typename T>
-void load(std::vector<Tile<T>>& to, const T* from, const Scan& s, int64_t first, int64_t count) {
+template <typename T, int BYTES>
+void load(std::vector<Tile<T, BYTES>>& to, const T* from, const Scan& s, int64_t first, int64_t count) {
   if (!from) return clear(to);
   for (int64_t n = 0; n < s.states; ++n) to[n].load(from + n * s.width + first, count);
 }
 
-template <typename T>
-void store(const std::vector<Tile<T>>& from, T* to, const Scan& s, int64_t first, int64_t count) {
+template <typename T, int BYTES>
+void store(const std::vector<Tile<T, BYTES>>& from, T* to, const Scan& s, int64_t first, int64_t count) {
   for (int64_t n = 0; n < s.states; ++n) from[n].store(to + n * s.width + first, count);
 }
 

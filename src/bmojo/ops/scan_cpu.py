@@ -1,7 +1,7 @@
 """The scans on CPUs in C++, as PyTorch knows them: compiled at import, with gradients, and shapes for compilers.
 
 One step at a time on a state that stays in the cache, vectorised over channels, threads over rows and heads. Forward
-keeps the state of every 64th step; backward recomputes those between.
+keeps a state now and then; backward recomputes those between.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 
 from bmojo.ops.native import load_ops
 
-SPAN = 64  # as in scan_cpu.h
 Shape = Sequence[int]
 
 
 class Scan:
     """The ops bmojo::NAME_forward and NAME_backward of NAME_cpu.cpp as one function of five tensors and a state.
 
-    `shapes` gives the shapes of the output [batch, time, ...] and of the state for those of the five.
+    `shapes` gives the shapes of the output [batch, time, ...] and of the state for those of the five; `span` is SPAN of
+    scan_cpu.h, or of the C++ file where it has its own: the state of every span-th step is kept for backward.
     Raises ImportError if they can't be compiled here.
     """
 
-    def __init__(self, name: str, shapes: Callable[..., tuple[Shape, Shape]]) -> None:
+    def __init__(self, name: str, shapes: Callable[..., tuple[Shape, Shape]], span: int = 64) -> None:
         load_ops(f"{name}_cpu.cpp")
         self.forward = getattr(torch.ops.bmojo, f"{name}_forward")
         self.backward = getattr(torch.ops.bmojo, f"{name}_backward")
@@ -34,7 +34,7 @@ class Scan:
         @torch.library.register_fake(f"bmojo::{name}_forward")
         def _(a, b, c, d, e, state, resets, chunk_size, exclusive, keep):
             output, last = shapes(*(z.shape for z in (a, b, c, d, e)))
-            spans = -(-output[1] // SPAN) if keep else 0
+            spans = -(-output[1] // span) if keep else 0
             return a.new_empty(output), a.new_empty(last), a.new_empty((last[0], spans, *last[1:]))
 
         @torch.library.register_fake(f"bmojo::{name}_backward")

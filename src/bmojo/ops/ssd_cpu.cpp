@@ -31,7 +31,7 @@ struct Sizes : bmojo::Scan {
   int64_t groups, shares;
 
   Sizes(const Tensor& x, const Tensor& B, const std::optional<Tensor>& resets, int64_t chunk_size)
-      : Scan(x, B.size(3), resets, chunk_size), groups(B.size(2)) {
+      : Scan(x, x.size(2), B.size(3), resets, chunk_size), groups(B.size(2)) {
     const int64_t rows = std::max<int64_t>(1, batch * groups);
     bmojo::Check("ssd", x).multiple(heads, groups, "heads");
     shares = std::min(heads / groups, (at::get_num_threads() + rows - 1) / rows);
@@ -97,6 +97,7 @@ void backward_kernel(const Sizes& s, const T* dy, const T* dlast, const T* x, co
       load(g, dlast + s.state(b, head), s, first, count);
       for (int64_t span = s.spans - 1; span >= 0; --span) {
         const int64_t begin = span * SPAN, steps = std::min(SPAN, s.time - begin);
+        T recent = 0;  // of the span: one long sum loses digits
         load(h, starts + s.start(b, span, head), s, first, count);
         for (int64_t i = 0; i < steps; ++i) {
           const int64_t t = begin + i, at = s.step(b, t, head);
@@ -139,9 +140,10 @@ void backward_kernel(const Sizes& s, const T* dy, const T* dlast, const T* x, co
           }
           dwritten.store(dx + at * s.width + first, count);
           ddt[at] += bmojo::sum(product) - slope * rate[head];
-          total -= slope * dt[at];
+          recent -= slope * dt[at];
           if (s.reset(b, t)) clear(g);
         }
+        total += recent;
       }
       store(g, dstate + s.state(b, head), s, first, count);
     }

@@ -16,6 +16,7 @@ def ssd(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, *,
     chunk_size: int, state: Tensor | None = None, resets: Tensor | None = None, exclusive: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `bmojo.ops.ssd`; the chunked form runs for gradients of `exclusive` reads."""
     x, dt, A_log, B, C = map(at_least_float32, (x, dt, A_log, B, C))
     done = _scan((x, dt, A_log.exp(), B, C), state, resets, chunk_size, exclusive)
     options = {"chunk_size": chunk_size, "state": state, "resets": resets, "exclusive": exclusive}
