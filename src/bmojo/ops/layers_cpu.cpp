@@ -28,6 +28,7 @@ using bmojo::store;
 using bmojo::Tile;
 using bmojo::Vec;
 constexpr int64_t GRAIN = 16384;  // elements, the least that a thread is woken for
+constexpr int64_t BLOCK = 64;     // rows that a task of the convolution takes
 constexpr int64_t SUMMED = 128;   // terms of a sum of weights' gradients: one long sum loses digits
 
 int64_t rows_a_task(int64_t width) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, width)); }
@@ -109,12 +110,26 @@ struct Taps {  // of one tile of channels
   }
 };
 
-template <typename T, typename Work>
-void each_tile(const Conv& c, const Work& work) {  // work(b, first channel)
-  const int64_t tiles = (c.channels + Tile<T>::WIDTH - 1) / Tile<T>::WIDTH;
-  at::parallel_for(0, c.batch * tiles, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) work(task / tiles, task % tiles * Tile<T>::WIDTH);
+// work(b, block, first row, row after the last) for blocks of `rows` rows
+template <typename Work>
+void each_block(const Conv& c, int64_t rows, const Work& work) {
+  const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+  at::parallel_for(0, c.batch * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task % blocks * BLOCK;
+      work(task / blocks, task, row, std::min(rows, row + BLOCK));
+    }
   });
+}
+
+// The taps of all tiles. Rows are gone through whole: where they lie a power of two apart, a column of tiles would read
+// at the addresses (but for high bits) of what it has just written, and processors wait in that case.
+template <typename T>
+std::vector<Taps<T>> all_taps(const Conv& c, int64_t b, const T* weights, const T* biases, const T* extended) {
+  std::vector<Taps<T>> taps;
+  for (int64_t first = 0; first < c.channels; first += Tile<T>::WIDTH)
+    taps.emplace_back(c, b, first, weights, biases, extended);
+  return taps;
 }
 
 Tensor conv_forward(const Tensor& extended, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -127,14 +142,15 @@ Tensor conv_forward(const Tensor& extended, const Tensor& weight, const std::opt
     const T *x = extended.const_data_ptr<T>(), *w = weight.const_data_ptr<T>();
     const T* b0 = bias ? bias->const_data_ptr<T>() : nullptr;
     T* out = y.mutable_data_ptr<T>();
-    each_tile<T>(c, [&](int64_t b, int64_t first) {
-      const Taps<T> taps(c, b, first, w, b0, x);
-      for (int64_t t = 0; t < c.time; ++t) {
-        Tile<T> z = taps.at(t);
-        if (silu)
-          for (auto& v : z.v) v *= sigmoid<T>(v);
-        z.store(out + (b * c.time + t) * c.channels + first, taps.count);
-      }
+    each_block(c, c.time, [&](int64_t b, int64_t, int64_t from, int64_t to) {
+      const std::vector<Taps<T>> tiles = all_taps(c, b, w, b0, x);
+      for (int64_t t = from; t < to; ++t)
+        for (const Taps<T>& taps : tiles) {
+          Tile<T> z = taps.at(t);
+          if (silu)
+            for (auto& v : z.v) v *= sigmoid<T>(v);
+          z.store(out + (b * c.time + t) * c.channels + taps.first, taps.count);
+        }
     });
   });
   return y;
@@ -148,50 +164,61 @@ std::tuple<Tensor, Tensor, Tensor> conv_backward(const Tensor& dy, const Tensor&
   c.check(extended, weight, bias, position);
   bmojo::Check("causal_conv", extended)(dy, {c.batch, c.time, c.channels});
   Tensor dx = at::empty_like(extended);
-  Tensor dw = at::empty({c.batch, c.channels, c.size}, weight.options());
-  Tensor db = at::empty({c.batch, c.channels}, weight.options());
+  const int64_t inputs = c.time + c.lags, blocks = c.batch * ((inputs + BLOCK - 1) / BLOCK);
+  Tensor dw = at::empty({blocks, c.channels, c.size}, weight.options());
+  Tensor db = at::empty({blocks, c.channels}, weight.options());
   AT_DISPATCH_FLOATING_TYPES(extended.scalar_type(), "conv", [&] {
     using T = scalar_t;
     constexpr int64_t V = Tile<T>::VECTORS;
     const T *x = extended.const_data_ptr<T>(), *w = weight.const_data_ptr<T>(), *g = dy.const_data_ptr<T>();
     const T* b0 = bias ? bias->const_data_ptr<T>() : nullptr;
     T *out = dx.mutable_data_ptr<T>(), *dweight = dw.mutable_data_ptr<T>(), *dbias = db.mutable_data_ptr<T>();
-    each_tile<T>(c, [&](int64_t b, int64_t first) {
-      const Taps<T> taps(c, b, first, w, b0, x);
-      // slopes: of the last `size` steps; of step t at t % size
-      std::vector<Tile<T>> slopes(c.size, Tile<T>{});
-      std::vector<Tile<T>> sums(c.size + 1, Tile<T>{}), recent = sums;  // of the weight, by lag, and of the bias
-      for (int64_t u = -c.lags; u < c.time; ++u) {                      // input u, once that of step u + lags is known
-        const int64_t t = u + c.lags;
-        Tile<T>& slope = slopes[t % c.size];
-        slope = Tile<T>{};
-        if (t < c.time) {
-          slope.load(g + (b * c.time + t) * c.channels + first, taps.count);
-          if (silu) {
-            const Tile<T> z = taps.at(t);
-            for (int64_t j = 0; j < V; ++j) {
-              const Vec<T> s = sigmoid<T>(z.v[j]);
-              slope.v[j] *= s + z.v[j] * s * (1 - s);
+    each_block(c, inputs, [&](int64_t b, int64_t block, int64_t from, int64_t to) {
+      const std::vector<Taps<T>> tiles = all_taps(c, b, w, b0, x);
+      const int64_t count = tiles.size();
+      std::vector<Tile<T>> slopes(c.size * count, Tile<T>{});      // of the last steps, that of step t at t % size
+      std::vector<Tile<T>> sums((c.size + 1) * count, Tile<T>{});  // of the weight, by lag, and of the bias
+      for (int64_t t = std::max<int64_t>(0, from - c.lags); t < to; ++t)  // input t is read last by step t
+        for (int64_t k = 0; k < count; ++k) {
+          const Taps<T>& taps = tiles[k];
+          Tile<T>&slope = slopes[t % c.size * count + k], *own = &sums[k * (c.size + 1)];
+          slope = Tile<T>{};
+          if (t < c.time) {
+            slope.load(g + (b * c.time + t) * c.channels + taps.first, taps.count);
+            if (silu) {
+              const Tile<T> z = taps.at(t);
+              for (int64_t j = 0; j < V; ++j) {
+                const Vec<T> s = sigmoid<T>(z.v[j]);
+                slope.v[j] *= s + z.v[j] * s * (1 - s);
+              }
             }
           }
-          for (int64_t j = 0; j < V; ++j) recent[c.size].v[j] += slope.v[j];
-          for (int64_t lag = 0; lag <= c.reach(b, t); ++lag) {
-            const Tile<T> in = taps.input(t, lag);
-            for (int64_t j = 0; j < V; ++j) recent[lag].v[j] += slope.v[j] * in.v[j];
+          if (t < from) continue;  // a step of the block before
+          if (t < c.time) {
+            for (int64_t j = 0; j < V; ++j) own[c.size].v[j] += slope.v[j];
+            for (int64_t lag = 0; lag <= c.reach(b, t); ++lag) {
+              const Tile<T> in = taps.input(t, lag);
+              for (int64_t j = 0; j < V; ++j) own[lag].v[j] += slope.v[j] * in.v[j];
+            }
           }
-          if ((t + 1) % SUMMED == 0 || t + 1 == c.time) bmojo::gather(sums, recent);
+          Tile<T> sum = {};
+          for (int64_t step = std::max<int64_t>(0, t - c.lags); step <= std::min(t, c.time - 1); ++step) {
+            const int64_t lag = step + c.lags - t;
+            if (lag > c.reach(b, step)) continue;
+            const Tile<T>& at = slopes[step % c.size * count + k];
+            for (int64_t j = 0; j < V; ++j) sum.v[j] += at.v[j] * taps.weight[lag].v[j];
+          }
+          sum.store(out + (b * inputs + t) * c.channels + taps.first, taps.count);
         }
-        Tile<T> sum = {};
-        for (int64_t lag = std::max<int64_t>(0, -u); lag <= c.lags && u + lag < c.time; ++lag)
-          if (lag <= c.reach(b, u + lag))
-            for (int64_t j = 0; j < V; ++j) sum.v[j] += slopes[(u + lag) % c.size].v[j] * taps.weight[lag].v[j];
-        sum.store(out + (b * (c.time + c.lags) + u + c.lags) * c.channels + first, taps.count);
-      }
-      sums[c.size].store(dbias + b * c.channels + first, taps.count);
-      T one[Tile<T>::WIDTH];
-      for (int64_t lag = 0; lag < c.size; ++lag) {
-        sums[lag].store(one, Tile<T>::WIDTH);
-        for (int64_t i = 0; i < taps.count; ++i) dweight[(b * c.channels + first + i) * c.size + c.lags - lag] = one[i];
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t first = tiles[k].first;
+        T one[Tile<T>::WIDTH];
+        sums[k * (c.size + 1) + c.size].store(dbias + block * c.channels + first, tiles[k].count);
+        for (int64_t lag = 0; lag < c.size; ++lag) {
+          sums[k * (c.size + 1) + lag].store(one, Tile<T>::WIDTH);
+          for (int64_t i = 0; i < tiles[k].count; ++i)
+            dweight[(block * c.channels + first + i) * c.size + c.lags - lag] = one[i];
+        }
       }
     });
   });
