@@ -111,10 +111,13 @@ class Layout:
 
     def tail(self, extended: Tensor, lags: int) -> Tensor:
         """The values of the last `lags` tokens [B, lags, D] out of what `extend` gave; zero before the document."""
-        lag = torch.arange(lags, device=extended.device)
-        index = (self.end[:, None] + lag)[..., None].expand(-1, -1, extended.shape[-1])
-        known = (self.next_position[:, None] >= lags - lag)[..., None]
-        return extended.gather(1, index) * known.to(extended.dtype)
+
+        def places() -> tuple[Tensor, Tensor]:
+            lag = torch.arange(lags, device=extended.device)
+            return (self.end[:, None] + lag)[..., None], (self.next_position[:, None] >= lags - lag)[..., None]
+
+        index, known = self.once(("tail", lags), places)
+        return extended.gather(1, index.expand(-1, -1, extended.shape[-1])) * known.to(extended.dtype)
 
     def history(self, ring: Tensor | None, values: Tensor, size: int, stride: int = 1) -> Tensor:
         """Values [B, L / stride, ...] of this call, with those in `ring` [B, size, ...] before them.
@@ -136,14 +139,18 @@ class Layout:
 
     def ring(self, history: Tensor, size: int, stride: int = 1) -> Tensor:
         """The ring [B, size, ...] after this call: entry n of the last document at n % size, zero if there is none."""
-        newest = (self.next_position // stride - 1)[:, None]
-        place = torch.arange(size, device=history.device)
-        number = newest - (newest - place) % size
-        last_slot_entry = size + (self.end // stride - 1)[:, None]
-        index = (last_slot_entry - (newest - number)).clamp(min=0)
+
+        def places() -> tuple[Tensor, Tensor]:
+            newest = (self.next_position // stride - 1)[:, None]
+            place = torch.arange(size, device=history.device)
+            number = newest - (newest - place) % size
+            last_slot_entry = size + (self.end // stride - 1)[:, None]
+            return (last_slot_entry - (newest - number)).clamp(min=0), number >= 0
+
+        index, known = self.once(("ring", size, stride), places)
         shape = (*index.shape, *(1,) * (history.ndim - 2))
-        known = (number >= 0).view(shape)
-        return history.gather(1, index.view(shape).expand(-1, -1, *history.shape[2:])) * known.to(history.dtype)
+        rows = history.gather(1, index.view(shape).expand(-1, -1, *history.shape[2:]))
+        return rows * known.view(shape).to(history.dtype)
 
     def sources(self, size: int, stride: int = 1) -> tuple[Tensor, Tensor]:
         """Positions and segments [B, size + L / stride] of what `history` lays out; segment -1: there is nothing."""

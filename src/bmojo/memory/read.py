@@ -66,13 +66,16 @@ def key_spans(layout: Layout, size: int, stride: int, nearest: int, span: int) -
 
 def slot_spans(position: Tensor, layout: Layout, nearest: int) -> tuple[Tensor, Tensor]:
     """First and last query slot [B, N, E] that see the eidetic slots at `position` [B, N, E]; padding sees none."""
-    start = layout.position[:, :: layout.chunk]
-    begin = torch.arange(0, layout.slots, layout.chunk, device=position.device).expand_as(start)
-    count = layout.valid.unflatten(1, (layout.chunks, layout.chunk)).sum(2)
-    begin, taken = torch.cat((layout.offset[:, None], begin[:, 1:]), 1), begin
-    last = (begin + count - 1)[..., None].expand_as(position)
-    first = torch.maximum((taken - start)[..., None] + position + nearest, begin[..., None])
-    return first, last.masked_fill(position < 0, -1)
+
+    def chunks() -> tuple[Tensor, Tensor, Tensor]:
+        start = layout.position[:, :: layout.chunk]
+        begin = torch.arange(0, layout.slots, layout.chunk, device=position.device).expand_as(start)
+        count = layout.valid.unflatten(1, (layout.chunks, layout.chunk)).sum(2)
+        begin, taken = torch.cat((layout.offset[:, None], begin[:, 1:]), 1), begin
+        return tuple(z[..., None] for z in (begin, begin + count - 1, taken - start + nearest))  # type: ignore
+
+    begin, last, ahead = layout.once(("chunks", nearest), chunks)
+    return torch.maximum(ahead + position, begin), last.expand_as(position).masked_fill(position < 0, -1)
 
 
 def read_chunked(
