@@ -137,3 +137,14 @@ def test_one_graph_for_compilers(op):
     compiled = torch.compile(kernel, backend="aot_eager", fullgraph=True)
     near(run(compiled, args, torch.float64), run(kernel, args, torch.float64), 1e-14)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("op", FORMS)
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_of_gradients_are_refused(op):
+    args = {name: z.requires_grad_() for name, z in inputs(op, 32, 4, 2, 9, 3).items()}
+    y, _ = FORMS[op][0](**args, chunk_size=CHUNK)
+    first = next(iter(args.values()))
+    (gradient,) = torch.autograd.grad(y.square().sum(), first, create_graph=True)
+    with pytest.raises(RuntimeError, match="use_backend"):
+        torch.autograd.grad(gradient.sum(), first)

@@ -62,6 +62,11 @@ def device_type(x: torch.Tensor) -> str:
     return "xla" if kind in ("neuron", "jax") else kind
 
 
+def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What tells of an op's arguments where they are."""
+    return next(z for z in (*args, *kwargs.values()) if isinstance(z, Tensor))
+
+
 def dispatched(
     *, chunked: Callable[..., Any], naive: Callable[..., Any], fused: Mapping[str, str] | None = None
 ) -> Callable[..., Any]:
@@ -79,8 +84,7 @@ def dispatched(
             return naive(*args, **kwargs)
         if not kernels or _backend != "fused":
             return chunked(*args, **kwargs)
-        first = next(z for z in (*args, *kwargs.values()) if isinstance(z, Tensor))
-        path = kernels.get(device_type(first))
+        path = kernels.get(device_type(first_tensor(args, kwargs)))
         kernel = _kernels[path] if path is not None and _is_here(path) else None
         return (kernel or chunked)(*args, **kwargs)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmojo.ops.dispatch import device_type
+from bmojo.ops.dispatch import device_type, first_tensor
 
 
 def exact(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -17,8 +17,7 @@ def exact(op: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(op)
     def run(*args: Any, **kwargs: Any) -> Any:
-        first = next(z for z in (*args, *kwargs.values()) if isinstance(z, Tensor))
-        with torch.autocast(first.device.type, enabled=False):
+        with torch.autocast(first_tensor(args, kwargs).device.type, enabled=False):
             return op(*args, **kwargs)
 
     return run

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmojo.ops.native import load_ops
+from bmojo.ops.native import differentiable_once, load_ops
 
 Shape = Sequence[int]
 
@@ -41,6 +41,7 @@ class Scan:
         def _(dy, dlast, a, b, c, d, e, starts, resets, chunk_size):
             return tuple(torch.empty_like(z) for z in (a, b, c, d, e, dlast))
 
+        differentiable_once(f"{name}_backward")
         torch.library.register_autograd(f"bmojo::{name}_forward", self._backward, setup_context=self._save)
 
     def __call__(

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bmojo.ops.numerics import exact
 from bmojo.ops.s6 import s6_chunked
@@ -139,6 +140,7 @@ class _Scan(torch.autograd.Function):
         return y, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dfinal):
         x, dt, rate, B, C, fresh, starts = ctx.saved_tensors
         batch, time, channels = x.shape
