@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from bmojo.files import optional_module
+from bmojo.files import optional_module, write_whole
 
 # Colours of Okabe and Ito, told apart with any colour vision. The order is that of every table and figure.
 STYLES = {
@@ -34,6 +35,15 @@ class Picture:
     @property
     def uri(self) -> str:
         return "data:image/png;base64," + base64.b64encode(self.png).decode()
+
+
+def write_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
+    """Write NAME.png into `folder`, each whole or not at all, and delete the other figures there."""
+    for old in folder.glob("*.png"):
+        if old.stem not in {picture.name for picture in pictures}:
+            old.unlink()
+    for picture in pictures:
+        write_whole(folder / f"{picture.name}.png", picture.png)
 
 
 def order(preset: str) -> int:

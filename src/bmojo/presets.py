@@ -143,6 +143,13 @@ def _same_span(fields: dict[str, Any], changes: dict[str, Any]) -> int:
     return changes.get("window", fields["window"]) or 0
 
 
+def foreign(name: str) -> set[str]:
+    """The settings of memories that would make another model of a preset."""
+    settings = set() if name == "bmojo" else {"eidetic_slots"}
+    settings |= set() if name in ("bmojo", "bmojo_f") else {"fading_span"}
+    return settings | ({"window"} if name in ("transformer", "mamba", "mamba2", "gdn") else set())
+
+
 def matched(name: str, size: str = "tiny", **changes: Any) -> ModelConfig:
     """A preset to be compared with others at equal parameters: the depth and the parameters of the Transformer of that
     size with these changes. `mamba` and `mamba2` then have an MLP at every size, and a change of the window is left out
@@ -153,7 +160,7 @@ def matched(name: str, size: str = "tiny", **changes: Any) -> ModelConfig:
     window = {"window": changes.pop("window")} if "window" in changes else {}
     shape = {key: value for key, value in changes.items() if key in _SHAPE}
     target = parameters(transformer(size, **shape, intermediate_size=width))
-    if name not in ("transformer", "mamba", "mamba2", "gdn") or "pattern" in changes:
+    if "window" not in foreign(name) or "pattern" in changes:
         changes |= window
     return _fit(get(name, size, **{**changes, "num_layers": depth, "intermediate_size": width}), target)
 

@@ -185,14 +185,7 @@ def config_of(
     name: str, size: str, changes: dict[str, Any], make: Callable[..., ModelConfig] = presets.matched
 ) -> ModelConfig:
     """A preset with those of the changes that its layers can have."""
-    kept = dict(changes)
-    if name not in ("bmojo", "bmojo_f"):
-        kept.pop("fading_span", None)
-    if name != "bmojo":
-        kept.pop("eidetic_slots", None)
-    if name not in ("bmojo", "bmojo_f", "swa", "hybrid"):
-        kept.pop("window", None)
-    return make(name, size, **kept)
+    return make(name, size, **{key: value for key, value in changes.items() if key not in presets.foreign(name)})
 
 
 # ops

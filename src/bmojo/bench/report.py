@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bmojo.bench.bars import BARS, Bar, judge
-from bmojo.figures import STYLES, Picture, draw, make_picture, new_figure, token_axis
+from bmojo.figures import STYLES, Picture, draw, make_picture, new_figure, token_axis, write_pictures
 from bmojo.files import write_whole
 from bmojo.tables import Cell, Column, Table, markdown, size_text, three_digits
 
@@ -33,11 +33,7 @@ NOTES = (
 def write_report(folder: Path, runs: Sequence[Results]) -> None:
     """Write report.md and figures/*.png into `folder`, each whole or not at all, and delete older figures."""
     pictures = list(_pictures(runs))
-    for old in (folder / "figures").glob("*.png"):
-        if old.stem not in {picture.name for picture in pictures}:
-            old.unlink()
-    for picture in pictures:
-        write_whole(folder / "figures" / f"{picture.name}.png", picture.png)
+    write_pictures(folder / "figures", pictures)
     write_whole(folder / "report.md", _text(runs, pictures).encode())
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from bmojo import presets
-from bmojo.cli.options import AsJson, Size, Threads, parse_settings, parse_value, use_threads
+from bmojo.cli.options import AsJson, Size, Threads, parse_settings, use_threads, whole_numbers
 from bmojo.errors import ConfigError
 
 FOLDER = Path("runs/bench")
@@ -102,7 +102,7 @@ def _show(results: list[dict[str, Any]], folder: Path, as_json: bool) -> None:
 
 
 def _whole(option: str, text: str) -> tuple[int, ...]:
-    values = tuple(parse_value(option, part, "int") for part in text.split(",") if part.strip())
+    values = whole_numbers(option, text)
     if not values or min(values) < 1:
         raise ConfigError(f"{option} must be whole numbers of at least 1, got {text!r}; for example {option} 512,2048")
     return values

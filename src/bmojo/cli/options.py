@@ -65,6 +65,11 @@ def parse_value(name: str, value: str, kind: str) -> Any:
         raise ConfigError(f"{name} must be {names[kind]}{' or none' * bool(optional)}, got {value!r}") from None
 
 
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """`"4,8,16"` as numbers."""
+    return tuple(parse_value(option, part, "int") for part in text.split(",") if part.strip())
+
+
 def warn_unused(config: ModelConfig, settings: dict[str, Any]) -> None:
     """Warn of settings that were given and that no layer of the model reads."""
     if ignored := sorted(config.unused & settings.keys()):

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from bmojo import presets
-from bmojo.cli.options import AsJson, Size, parse_value
+from bmojo.cli.options import AsJson, Size, parse_value, whole_numbers
 from bmojo.errors import BMojoError, ConfigError
 
 FOLDER = Path("runs/sweep")
@@ -137,7 +137,7 @@ def _value(name: str, text: str, kind: str) -> Any:
 
 
 def _whole(option: str, text: str) -> tuple[int, ...]:
-    values = tuple(parse_value(option, part, "int") for part in text.split(",") if part.strip())
+    values = whole_numbers(option, text)
     if not values:
         raise ConfigError(f"{option} must have at least one value, got none; for example {option} 1,2")
     return values

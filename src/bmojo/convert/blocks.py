@@ -30,6 +30,9 @@ LLAMA = Names(
     mlp="mlp",
 )
 
+# that of both Mambas
+BACKBONE = Names("backbone.embeddings.weight", "backbone.norm_f.weight", "backbone.layers.{i}.", "norm")
+
 
 def same(ours: str, theirs: str | None = None) -> Rule:
     return Rule(ours, ((ours if theirs is None else theirs, None),))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bmojo.config import ModelConfig
-from bmojo.convert.blocks import MODEL, mamba
-from bmojo.convert.mapping import Field, Format, Names, Reading
+from bmojo.convert.blocks import BACKBONE, MODEL, mamba
+from bmojo.convert.mapping import Field, Format, Reading
 
 
 def _read(reading: Reading, ours: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ FORMATS = (
     Format(
         "mamba",
         "MambaForCausalLM",
-        names=Names("backbone.embeddings.weight", "backbone.norm_f.weight", "backbone.layers.{i}.", "norm"),
+        names=BACKBONE,
         fields=(
             *MODEL,
             Field("layer_norm_epsilon", "norm_eps", 1e-5),

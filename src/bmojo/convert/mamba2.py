@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bmojo.config import ModelConfig
-from bmojo.convert.blocks import MODEL, mamba2
-from bmojo.convert.mapping import Field, Format, Names, Reading
+from bmojo.convert.blocks import BACKBONE, MODEL, mamba2
+from bmojo.convert.mapping import Field, Format, Reading
 
 UNLIMITED = [0.0, float("inf")]
 
@@ -35,7 +35,7 @@ FORMATS = (
     Format(
         "mamba2",
         "Mamba2ForCausalLM",
-        names=Names("backbone.embeddings.weight", "backbone.norm_f.weight", "backbone.layers.{i}.", "norm"),
+        names=BACKBONE,
         fields=(
             *MODEL,
             Field("layer_norm_epsilon", "norm_eps", 1e-5),

@@ -266,11 +266,7 @@ def _config(model: str, size: str, changes: Changes) -> tuple[ModelConfig, Chang
 
     What would make another model of a preset is none of them, unless the pattern is given.
     """
-    foreign: set[str] = set()
-    if "pattern" not in changes:
-        foreign |= {"eidetic_slots"} if model != "bmojo" else set()
-        foreign |= {"fading_span"} if model not in ("bmojo", "bmojo_f") else set()
-        foreign |= {"window"} if model in ("transformer", "mamba", "mamba2", "gdn") else set()
+    foreign = set() if "pattern" in changes else presets.foreign(model)
     kept = {name: value for name, value in changes.items() if name not in foreign}
     idle = presets.matched(model, size, **kept).unused
     kept = {name: value for name, value in kept.items() if name not in idle}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bmojo.figures import STYLES, Picture, draw, make_picture, new_figure, order
+from bmojo.figures import STYLES, Picture, draw, make_picture, new_figure, order, write_pictures
 from bmojo.files import write_whole
 from bmojo.sweep.grid import named, settings_of, shown
 from bmojo.tables import Cell, Column, Table, markdown, size_text
@@ -27,11 +27,7 @@ LINES = ("-", "--", ":", "-.")
 def write_report(folder: Path, results: dict[str, Any]) -> None:
     """Write table.md and figures/*.png into `folder`, each whole or not at all, and delete figures of an older grid."""
     pictures = list(_pictures(results))
-    for old in (folder / "figures").glob("*.png"):
-        if old.stem not in {picture.name for picture in pictures}:
-            old.unlink()
-    for picture in pictures:
-        write_whole(folder / "figures" / f"{picture.name}.png", picture.png)
+    write_pictures(folder / "figures", pictures)
     write_whole(folder / "table.md", _text(results, pictures).encode())
 
 
