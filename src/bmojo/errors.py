@@ -33,6 +33,10 @@ class StateError(BMojoError):
     """A memory state that does not belong to this model, batch or format version."""
 
 
+class StoreError(BMojoError):
+    """A store of blocks or of states that is damaged, in use, or made by another model."""
+
+
 class MissingPackageError(BMojoError):
     """An optional package that this feature needs."""
 

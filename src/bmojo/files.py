@@ -52,10 +52,10 @@ def full_disk_told(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def optional_module(module: str, purpose: str) -> Any:
-    """A module that only the extra `train` brings; MissingPackageError says so if it is not there."""
+def optional_module(module: str, purpose: str, extra: str = "train") -> Any:
+    """A module that only an extra brings; MissingPackageError says which if it is not there."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = (error.name or module).partition(".")[0]
-        raise MissingPackageError(f"{purpose} needs the package {package}: pip install 'bmojo[train]'") from error
+        raise MissingPackageError(f"{purpose} needs the package {package}: pip install 'bmojo[{extra}]'") from error
