@@ -289,8 +289,7 @@ class Mixer(nn.Module):
             assert trace is not None
             held = 0 if state is None else config.eidetic_slots
             here = nn.functional.pad(layout.valid, (held, 0))  # tokens of other calls have no gradient in this one
-            first, last = slot_spans(slots.position, layout, W)
-            visible = (first <= last) & here.gather(1, index.flatten(1)).view_as(index)
+            visible = (slots.first <= slots.last) & here.gather(1, index.flatten(1)).view_as(index)
             loss = usage_loss(odds, (index - held).clamp(min=0), used, visible)
             trace.losses.append(config.admission_loss_weight * loss)
         return o, new
@@ -347,7 +346,8 @@ class Mixer(nn.Module):
             "slot_position": where,
             "pending": pending * (progress < count),
         }
-        return Slots(self._as_compared(slot_k), slot_v, position, config.window), index, new
+        spans = slot_spans(position, layout, config.window)
+        return Slots(self._as_compared(slot_k), slot_v, *spans), index, new
 
     # one token
     def _step_attention(
