@@ -9,7 +9,7 @@ from cases import close, draw_tokens
 from bmojo import BMojoLM, presets
 from bmojo.errors import ConfigError
 from bmojo.memory.engines.engine import MemoryEngine
-from bmojo.memory.storage import Storage, root
+from bmojo.memory.storage import Mark, Storage, root
 from bmojo.memory.store import Store
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 16,
@@ -112,8 +112,12 @@ def test_branches_of_a_stream_never_see_each_other():
 
     store = filled(model)
     storage = storage_of(model, store=store, sources=["a"])
+    for _ in range(2):
+        start = storage.mark()
+        model(first, storage=storage)
+        storage.back(start)
     model(first, storage=storage)
-    kept = storage.snapshot()
+    kept = storage.mark()
     aside = storage.fork(write=False)
     blocks = store.stats()["blocks"]
     close(model(then, state, storage=aside)[0], expected, 1e-12, "aside")
@@ -121,8 +125,10 @@ def test_branches_of_a_stream_never_see_each_other():
     twin = storage.fork()
     model(instead, state, storage=twin)
     model(instead, state, storage=storage)
-    storage.restore(kept)
+    storage.restore(Mark.from_tensors(kept.to_tensors()))
     close(model(then, state, storage=storage)[0], expected, 1e-12, "restored")
+    storage.restore(storage.mark())
+    assert len(set(store.engine.sources()) | set(storage.sources)) == 4  # nothing came after it: no new branch
     store.flush()
     sources = set(store.engine.sources())
     assert len(sources) == 4
@@ -132,19 +138,37 @@ def test_branches_of_a_stream_never_see_each_other():
 
 
 @torch.no_grad()
+def test_a_stream_forgets_what_the_store_has():
+    model, store = small("bmojo"), filled(small("bmojo"))
+    storage, state, most = storage_of(model, store=store, sources=["a"]), None, 0
+    for part in draw_tokens(1, 400).split(20, 1):
+        for _ in range(2):  # the second time what it hands over is there already
+            before = storage.mark()
+            state_after = model(part, state, storage=storage)[1]
+            store.flush()
+            storage.back(before)
+        state_after = model(part, state, storage=storage)[1]
+        state = state_after
+        most = max(most, *(len(kept.own[0].blocks) for kept in storage.layers.values()))
+    assert most <= 8
+    assert store.engine.sources()["a"]["blocks"] == 100
+
+
+@torch.no_grad()
 def test_a_replay_gives_identical_logits_whatever_others_write():
     model, tokens = small("bmojo"), draw_tokens(1, 120)
     store, state, found = filled(model), None, []
-    storage = storage_of(model, store=store, sources=["a"])
+    pins = []
+    storage = storage_of(model, store=store, sources=["a"], record=pins)
     for part in tokens.split(17, 1):
         logits, state = model(part, state, storage=storage)
         found.append(logits)
         model(draw_tokens(1, 30, seed=len(found)), storage=storage_of(model, store=store, sources=[f"{len(found)}"]))
         store.flush()
-    assert len(storage.pins) > 4
+    assert len(pins) > 4
     assert storage.released[0] > 50
     for _ in range(2):
-        again, state = storage_of(model, store=store, sources=["a"], replay=storage.pins), None
+        again, state = storage_of(model, store=store, sources=["a"], replay=pins), None
         for part, expected in zip(tokens.split(17, 1), found, strict=True):
             logits, state = model(part, state, storage=again)
             assert torch.equal(logits, expected)

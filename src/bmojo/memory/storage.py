@@ -40,11 +40,12 @@ r keys of a block, D = kv_heads * head_dim, M tokens found (storage_blocks * sto
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ from torch import Tensor
 from bmojo.config import ModelConfig
 from bmojo.errors import ConfigError, StateError
 from bmojo.memory.engines import Block, decode, encode
-from bmojo.memory.engines.block import with_id
+from bmojo.memory.engines.block import frame_length, with_id
 from bmojo.memory.layout import Layout
 from bmojo.memory.read import Slots
 from bmojo.memory.step import Step
@@ -63,6 +64,7 @@ from bmojo.ops.rope import rope_table, rotate
 
 NOWHERE = -(2**40)  # where a block of another source starts: no window hides it, and no slot holds it
 BRANCH = "@branch-"
+RINGS = ("tokens", "asking", "score")
 Rows = list[list[Block]]
 Pin = tuple[int, int, tuple[int, ...]]
 
@@ -74,36 +76,26 @@ class Own:
     def __init__(self, blocks: Sequence[Block] = ()) -> None:
         self.blocks = list(blocks)
         self._keys: np.ndarray | None = None
-        self._ids = {block.start: block.id for block in blocks}  # the store's writer adds to it, in its own thread
 
     def append(self, block: Block) -> None:
         self.blocks.append(block)
         self._keys = None
 
-    def named(self, start: int, number: int) -> None:
-        """The store has given the block from `start` on its id."""
-        self._ids[start] = number
-
-    def number(self, start: int) -> int:
-        """The id of the block from `start` on; -1: not told yet."""
-        return self._ids.get(start, -1)
-
-    def scores(self, asking: np.ndarray) -> np.ndarray:
-        """Of each block, for tokens asking [m, n, D]: [m, blocks]."""
+    def scores(self, asking: np.ndarray) -> list[float]:
+        """Of each block, for tokens asking [n, D]."""
+        if not self.blocks:
+            return []
         if self._keys is None:
             self._keys = np.stack([block.keys for block in self.blocks]).astype(asking.dtype)
-        products = asking.reshape(-1, asking.shape[-1]) @ self._keys.reshape(-1, self._keys.shape[-1]).T
-        return products.reshape(*asking.shape[:2], *self._keys.shape[:2]).max((1, 3))
+        products = asking @ self._keys.reshape(-1, self._keys.shape[-1]).T
+        return products.reshape(len(asking), *self._keys.shape[:2]).max((0, 2)).tolist()
 
-    def missing(self, generation: int) -> int | None:
-        """The start of the first block that a reader of `generation` does not find in the store; None: it finds all."""
-        return next((b.start for b in self.blocks if not 0 <= self.number(b.start) <= generation), None)
-
-    def release(self, start: int) -> None:
-        """Forget the blocks that start before `start`."""
-        while self.blocks and self.blocks[0].start < start:
-            self._ids.pop(self.blocks.pop(0).start, None)
-            self._keys = None
+    def release(self, start: int) -> list[Block]:
+        """Forget the blocks that start before `start`: those."""
+        count = sum(block.start < start for block in self.blocks)
+        gone, self.blocks = self.blocks[:count], self.blocks[count:]
+        self._keys = None if gone else self._keys
+        return gone
 
 
 @dataclass
@@ -144,6 +136,80 @@ class Kept:
     asking: Tensor | None = None
     score: Tensor | None = None
     laid: Laid | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """A session of storage at one moment: what goes with the state of the model. A value, as that is.
+
+    Of each row: the names of its source and of those whose past it shares, up to a position; tokens read; blocks handed
+    to the store under its name; the position from which on the session keeps its own blocks. `rings` holds the last
+    tokens and, of each layer, what its blocks and its questions are made of; `found` and `own`, of each layer and row,
+    the blocks found for the stride it is in, and its own.
+    """
+
+    sources: tuple[str, ...]
+    ancestors: tuple[dict[str, int], ...]
+    positions: tuple[int, ...]
+    handed: tuple[int, ...]
+    released: tuple[int, ...]
+    generation: int
+    rings: dict[str, Tensor]
+    found: dict[int, tuple[tuple[Block, ...], ...]]
+    own: dict[int, tuple[tuple[Block, ...], ...]]
+
+    _ROWS: ClassVar = ("sources", "ancestors", "positions", "handed", "released")
+
+    @classmethod
+    def cat(cls, marks: Sequence[Mark]) -> Mark:
+        """One of all their rows; they are of one model and at least one token old, or none is."""
+        rows = {name: tuple(itertools.chain(*(getattr(mark, name) for mark in marks))) for name in cls._ROWS}
+        rings = {name: torch.cat([mark.rings[name] for mark in marks]) for name in marks[0].rings}
+        found, own = (
+            {layer: tuple(itertools.chain(*(getattr(mark, name)[layer] for mark in marks))) for layer in marks[0].own}
+            for name in ("found", "own")
+        )
+        return cls(generation=max(mark.generation for mark in marks), rings=rings, found=found, own=own, **rows)
+
+    def split(self) -> list[Mark]:
+        """One of each row."""
+        return [
+            Mark(
+                generation=self.generation,
+                rings={name: ring[row : row + 1] for name, ring in self.rings.items()},
+                found={layer: blocks[row : row + 1] for layer, blocks in self.found.items()},
+                own={layer: blocks[row : row + 1] for layer, blocks in self.own.items()},
+                **{name: getattr(self, name)[row : row + 1] for name in self._ROWS},
+            )
+            for row in range(len(self.sources))
+        ]
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """As tensors that a file can hold."""
+        facts = {name: getattr(self, name) for name in (*self._ROWS, "generation")}
+        tensors = {"facts": _bytes(json.dumps(facts).encode()), **self.rings}
+        for name in ("found", "own"):
+            for layer, rows in getattr(self, name).items():
+                for row, blocks in enumerate(rows):
+                    tensors[f"{name}.{layer}.{row}"] = _bytes(b"".join(map(encode, blocks)))
+        return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Mark:
+        """The inverse. Raises StateError for what is none of its work."""
+        try:
+            facts = json.loads(tensors["facts"].numpy().tobytes())
+            rows = {name: tuple(facts[name]) for name in cls._ROWS}
+            parts: dict[str, dict[int, list[tuple[Block, ...]]]] = {"found": {}, "own": {}}
+            for name in sorted(tensors, key=_by_number):
+                kind, *where = name.split(".")
+                if kind in parts:
+                    parts[kind].setdefault(int(where[0]), []).append(_blocks(tensors[name].numpy().tobytes()))
+            found, own = ({layer: tuple(all_rows) for layer, all_rows in parts[kind].items()} for kind in parts)
+            rings = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in RINGS}
+            return cls(generation=facts["generation"], rings=rings, found=found, own=own, **rows)
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"what was saved of a storage is damaged ({error}); save the stream again") from None
 
 
 @dataclass(frozen=True)
@@ -219,9 +285,10 @@ class Storage:
                   that any way of cutting a stream into calls gives the same.
 
     A stream sees its own blocks at once. Of others it sees those up to `generation`, which moves on by itself, at the
-    start of a call, whenever the store has published a newer one; `pins` lists when, as (tokens read, generation, and
-    for each row the position before which its own blocks are from then on found in the store). With `replay`, such a
-    list, it moves just as it did then, and nothing is written: the same calls give the same logits.
+    start of a call, whenever the store has published a newer one; `record` lists when, if a list is given, as (tokens
+    read, generation, and for each row the position before which its own blocks are from then on found in the store).
+    With `replay`, such a list, it moves just as it did then, and nothing is written: the same calls give the same
+    logits.
     What is deleted from the store is gone from replays too.
 
     Raises ConfigError for a model without storage layers.
@@ -238,6 +305,7 @@ class Storage:
         keep: bool = True,
         dtype: torch.dtype = torch.float16,
         write: bool = True,
+        record: list[Pin] | None = None,
         replay: Sequence[Pin] | None = None,
     ) -> None:
         if not config.storage_layers:
@@ -258,10 +326,13 @@ class Storage:
         }
         self.geometry = {layer: Geometry.of(config, layer) for layer in config.storage_layers}
         self.positions = [0] * rows
+        self._handed = [0] * rows  # blocks handed over under the row's name; at `most` before going back
+        self._most = [0] * rows
+        self._ids: dict[tuple[str, int, int], int] = {}  # what the store has called its own blocks
         self.read_tokens = 0
         self.replay = None if replay is None else list(replay)
         self.generation = -1
-        self.pins: list[Pin] = []
+        self.record = record
         self.released: tuple[int, ...] = (0,) * rows
         self._tokens: Tensor | None = None  # [B, block] ring
         self._placed: Tensor | None = None  # [B, block + L] of the call
@@ -271,70 +342,75 @@ class Storage:
         return len(self.sources)
 
     # as a value
-    def snapshot(self) -> dict[str, Tensor]:
-        """All that goes with the state of the model, as tensors that can be saved; `restore` goes back to it. What was
-        handed over is in the store when it returns."""
-        if self.store is not None and self.write:
-            self.store.flush()
-        facts = {
-            "sources": self.sources, "ancestors": self.ancestors, "positions": self.positions,
-            "read_tokens": self.read_tokens, "generation": self.generation, "released": self.released,
-            "pins": self.pins, "replay": self.replay,
-        }  # fmt: skip
-        tensors = {"facts": _bytes(json.dumps(facts).encode())}
-        if self._tokens is not None:
-            tensors["tokens"] = self._tokens.clone()
+    def mark(self) -> Mark:
+        """What the session is now; `back` and `restore` go there. No reading of the model changes it."""
+        rings = {} if self._tokens is None else {"tokens": self._tokens.clone()}
         for layer, kept in self.layers.items():
             for name in ("asking", "score"):
                 if (ring := getattr(kept, name)) is not None:
-                    tensors[f"{layer}.{name}"] = ring.clone()
-            for row in range(self.rows):
-                own = kept.own[row]
-                for name, blocks in (("found", kept.found[row]), ("own", own.blocks)):
-                    for i, block in enumerate(blocks):
-                        number = own.number(block.start) if name == "own" else block.id
-                        tensors[f"{layer}.{name}.{row}.{i}"] = _bytes(encode(with_id(block, number)))
-        return tensors
+                    rings[f"{name}.{layer}"] = ring.clone()
+        return Mark(
+            sources=tuple(self.sources),
+            ancestors=tuple(self.ancestors),
+            positions=tuple(self.positions),
+            handed=tuple(self._handed),
+            released=self.released,
+            generation=self.generation,
+            rings=rings,
+            found={layer: tuple(map(tuple, kept.found)) for layer, kept in self.layers.items()},
+            own={layer: tuple(map(self._with_ids, kept.own)) for layer, kept in self.layers.items()},
+        )
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go back to a snapshot, or on from one that another process saved, as a new branch of the same streams: what
-        was handed over since stays in the store, but is no past of this one.
-
-        Raises StateError if it is of other rows or layers."""
-        facts = json.loads(tensors["facts"].numpy().tobytes())
-        layers = {int(name.partition(".")[0]) for name in tensors if name[0].isdigit()}
-        if len(facts["sources"]) != self.rows or not layers <= set(self.layers):
+    def back(self, mark: Mark) -> None:
+        """Go back to a mark of this session, to read the same tokens again: what they had handed over is not handed
+        over twice. Raises StateError if the mark is of other rows or layers."""
+        if len(mark.sources) != self.rows or mark.own.keys() != self.layers.keys():
             raise StateError(
-                f"the storage was saved of {len(facts['sources'])} rows and layers {sorted(layers)}, this one is of "
+                f"the storage was marked with {len(mark.sources)} rows and layers {sorted(mark.own)}, this one has "
                 f"{self.rows} rows and layers {sorted(self.layers)}"
             )
-        for name in ("sources", "ancestors", "positions", "read_tokens", "generation"):
-            setattr(self, name, facts[name])
-        self.released = tuple(facts["released"])
-        self.pins = [_pin(pin) for pin in facts["pins"]]
-        self.replay = None if facts["replay"] is None else [_pin(pin) for pin in facts["replay"]]
-        self._tokens = tensors["tokens"].clone() if "tokens" in tensors else None
+        self.sources, self.ancestors, self.positions = list(mark.sources), list(mark.ancestors), list(mark.positions)
+        self._handed, self.released, self.generation = list(mark.handed), mark.released, mark.generation
+        self._tokens = mark.rings["tokens"].clone() if "tokens" in mark.rings else None
         for layer, kept in self.layers.items():
-            asking, score = (tensors.get(f"{layer}.{name}") for name in ("asking", "score"))
+            asking, score = (mark.rings.get(f"{name}.{layer}") for name in ("asking", "score"))
             kept.asking, kept.score = (None if ring is None else ring.clone() for ring in (asking, score))
-            kept.laid = None
-            for row in range(self.rows):
-                found, own = (_blocks(tensors, f"{layer}.{name}.{row}.") for name in ("found", "own"))
-                kept.found[row], kept.own[row] = found, Own(own)
-        if self.store is not None and self.write:
-            self._branch()
+            kept.found, kept.laid = list(map(list, mark.found[layer])), None
+            kept.own = [Own(blocks) for blocks in mark.own[layer]]
+            self._ids.update({_key(b): b.id for blocks in mark.own[layer] for b in blocks if b.id >= 0})
+
+    def restore(self, mark: Mark) -> None:
+        """Go back to a mark, or on from one that was saved, to read whatever comes. Where the store has later blocks of
+        a row's source, the row goes on as a branch, under another name: those are not its past."""
+        self.back(mark)
+        if self.store is None or not self.write:
+            return
+        self.store.flush()
+        self._most = list(self._handed)
+        self._branch([row for row, name in enumerate(self.sources) if self.store.count(name) != self._handed[row]])
 
     def fork(self, *, write: bool = True) -> Storage:
-        """A second session that goes on from here, as another branch of the same streams."""
+        """A second session that goes on from here. If it hands anything over, that is of another branch."""
         other = Storage(self.config, self.rows, store=self.store, dtype=self.dtype, write=write)
-        other.restore(self.snapshot())
+        other.restore(self.mark())
+        if write and self.store is not None:
+            other._branch(range(self.rows))
         return other
 
-    def _branch(self) -> None:
-        """Go on under names of their own: under the old ones there may be another future."""
-        pairs = zip(self.ancestors, self.sources, self.positions, strict=True)
-        self.ancestors = [{**before, name: position} for before, name, position in pairs]
-        self.sources = [f"{root(name)}{BRANCH}{secrets.token_hex(4)}" for name in self.sources]
+    def _told(self, block: Block, number: int) -> None:
+        """The store's writer, in its own thread: the block has been given this id."""
+        self._ids[_key(block)] = number
+
+    def _with_ids(self, own: Own) -> tuple[Block, ...]:
+        return tuple(with_id(block, self._ids.get(_key(block), -1)) for block in own.blocks)
+
+    def _branch(self, rows: Iterable[int]) -> None:
+        """Hand over under another name from now on."""
+        for row in rows:
+            name = self.sources[row]
+            self.ancestors[row] = {**self.ancestors[row], name: self.positions[row]}
+            self.sources[row] = f"{root(name)}{BRANCH}{secrets.token_hex(4)}"
+            self._handed[row] = self._most[row] = 0
 
     # what the model calls
     def begin(self, tokens: Tensor, at: Layout | Step) -> None:
@@ -498,9 +574,8 @@ class Storage:
         asks = asking.detach().cpu().to(torch.promote_types(asking.dtype, torch.float32)).numpy()
         mine: list[list[tuple[float, int, int, Block | None]]] = []
         for (row, begin), each in zip(strides, asks, strict=True):
-            blocks, limit = own[row].blocks, begin + g.stride - g.window
-            scores = own[row].scores(each[None])[0].tolist() if blocks else []
-            mine.append([(s, 1, b.start, b) for s, b in zip(scores, blocks, strict=True) if b.start < limit])
+            limit, pairs = begin + g.stride - g.window, zip(own[row].scores(each), own[row].blocks, strict=True)
+            mine.append([(s, 1, block.start, block) for s, block in pairs if block.start < limit])
         want = g.blocks + max(len(own[row].blocks) for row, _ in strides)
         while True:
             theirs = [[]] * len(mine) if self.store is None else self.store.search(layer, asks, want, self.generation)
@@ -620,7 +695,10 @@ class Storage:
         own = self.layers[layer].own[row]
         own.append(block)
         if self.store is not None and self.write:
-            self.store.put(block, own.named)
+            self._handed[row] += 1
+            if self._handed[row] > self._most[row]:
+                self._most[row] = self._handed[row]
+                self.store.put(block, self._told)
         return block
 
     def _made(
@@ -683,22 +761,25 @@ class Storage:
                 self._release()
             return
         newest = self.store.pin()
-        if newest == self.generation and self.pins:
+        if newest == self.generation and self.read_tokens:
             return
         self.generation = newest
         behind = self.config.window + self.config.storage_block + self.config.storage_stride  # type: ignore[operator]
         released = []
         for row, position in enumerate(at.positions):
-            needed = [kept.own[row].missing(newest) for kept in self.layers.values()]
-            released.append(max(self.released[row], min([position - behind, *(n for n in needed if n is not None)])))
+            blocks = (block for kept in self.layers.values() for block in kept.own[row].blocks)
+            missing = (block.start for block in blocks if not 0 <= self._ids.get(_key(block), -1) <= newest)
+            released.append(max(self.released[row], min([position - behind, *missing])))
         self.released = tuple(released)
-        self.pins.append((self.read_tokens, newest, self.released))
+        if self.record is not None:
+            self.record.append((self.read_tokens, newest, self.released))
         self._release()
 
     def _release(self) -> None:
         for kept in self.layers.values():
             for own, start in zip(kept.own, self.released, strict=True):
-                own.release(start)
+                for block in own.release(start):
+                    self._ids.pop(_key(block), None)
 
 
 def root(source: str) -> str:
@@ -706,18 +787,25 @@ def root(source: str) -> str:
     return source.partition(BRANCH)[0]
 
 
+def _key(block: Block) -> tuple[str, int, int]:
+    return block.source, block.layer, block.start
+
+
 def _bytes(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _blocks(tensors: dict[str, Tensor], prefix: str) -> list[Block]:
-    """Those saved under names with this prefix and a number, in that order."""
-    count = sum(name.startswith(prefix) for name in tensors)
-    return [decode(tensors[f"{prefix}{i}"].numpy().tobytes()) for i in range(count)]
+def _blocks(data: bytes) -> tuple[Block, ...]:
+    """Of the frames in `data`, one after the other."""
+    found = []
+    while data:
+        found.append(decode(data))
+        data = data[frame_length(data) :]
+    return tuple(found)
 
 
-def _pin(pin: Sequence[Any]) -> Pin:
-    return pin[0], pin[1], tuple(pin[2])
+def _by_number(name: str) -> list[int]:
+    return [int(part) for part in name.split(".")[1:]]
 
 
 def _first(z: Tensor, count: int, fill: float) -> Tensor:

@@ -31,12 +31,12 @@ class Store:
         self._lock = threading.Lock()
         self._pinned, self._looked = engine.pin(), time.monotonic()
         self._read: OrderedDict[int, Block] = OrderedDict()
-        self._queue: queue.Queue[tuple[Block, Callable[[int, int], None]] | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[tuple[Block, Callable[[Block, int], None]] | None] = queue.Queue(WAITING)
         self._writer: threading.Thread | None = None
         self._failed: BaseException | None = None
 
-    def put(self, block: Block, done: Callable[[int, int], None]) -> None:
-        """Write a block; then, in the writer's thread, call done(start, id)."""
+    def put(self, block: Block, done: Callable[[Block, int], None]) -> None:
+        """Write a block; then, in the writer's thread, call done(block, id)."""
         self._raise()
         with self._lock:
             if self._writer is None:
@@ -86,6 +86,10 @@ class Store:
                 self._read.popitem(last=False)
         return block
 
+    def count(self, source: str) -> int:
+        """Blocks of a source."""
+        return self.engine.sources().get(source, {"blocks": 0})["blocks"]
+
     def delete(self, source: str) -> int:
         """Hide all blocks of a source."""
         with self._lock:
@@ -127,7 +131,7 @@ class Store:
                 if work and self._failed is None:
                     ids = self.engine.put([block for block, _ in work])
                     for (block, done), number in zip(work, ids, strict=True):
-                        done(block.start, number)
+                        done(block, number)
             except BaseException as error:
                 self._failed = error
             finally:
