@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 
+from bmojo.memory.engines import open_store
 from bmojo.memory.engines.engine import MemoryEngine
 
-ENGINES = ["memory"]
+ENGINES = ["memory", "lmdb", "sqlite"]
 
 
 @pytest.fixture
@@ -23,6 +24,23 @@ def memory_place():
         return opened[0]
 
     return place
+
+
+def _local(folder, engine):
+    def place(meta=None, mode="write"):
+        return open_store(folder, meta=meta, engine=engine, mode="a" if mode == "write" else "r", publish=0)
+
+    return place
+
+
+@pytest.fixture
+def lmdb_place(tmp_path):
+    return _local(tmp_path / "store", "lmdb")
+
+
+@pytest.fixture
+def sqlite_place(tmp_path):
+    return _local(tmp_path / "store", "sqlite")
 
 
 @pytest.fixture(params=ENGINES)
