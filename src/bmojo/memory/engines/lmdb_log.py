@@ -132,10 +132,6 @@ class LMDBLog(Log):
                 del _open[self._name]
                 env.close()
 
-    @staticmethod
-    def pieces(file: memoryview, at: int, length: int) -> bytes:
-        return bytes(file[at : at + length])
-
 
 def _cut(path: Path, promised: int) -> str:
     return (

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import struct
 import threading
 import time
@@ -26,7 +27,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from google_crc32c import value as crc32c
 
-from bmojo import __version__
 from bmojo.errors import StoreError
 from bmojo.files import write_whole
 from bmojo.memory.engines.block import Block, decode, encode, seal, unseal, with_id
@@ -69,7 +69,7 @@ class Manifest(NamedTuple):
     meta: dict[str, Any]
 
     def write(self, folder: Path) -> None:
-        content = {"format": FORMAT, "version": __version__, **self._asdict()}
+        content = {"format": FORMAT, **self._asdict()}
         write_whole(folder / "meta.json", json.dumps(content, indent=1).encode())
 
     @classmethod
@@ -95,7 +95,7 @@ class Manifest(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What the log keeps of a source; later versions replace earlier ones."""
+    """What the log keeps of a source: under a number of its own, which another of the same name does not get again."""
 
     number: int
     source: str
@@ -105,8 +105,8 @@ class Source(NamedTuple):
     facts: dict[str, Any] = {}
     version: int = 0
 
-    def row(self) -> Row:
-        return "sources", self.number, seal(json.dumps(self).encode(), magic=SOURCE)
+    def row(self, session: int) -> Row:
+        return "sources", self.number, seal(json.dumps(self).encode(), magic=SOURCE, session=session)
 
     @classmethod
     def read(cls, value: bytes) -> Source:
@@ -167,7 +167,7 @@ class LocalEngine(Engine):
         self._manifest = Manifest.read(folder)
         try:
             if mode == "a":
-                self._begin()
+                clean(folder)
             self._refresh()
             if mode == "a":
                 self._begin_session()
@@ -176,20 +176,6 @@ class LocalEngine(Engine):
             raise
 
     # what is on the disk
-
-    def _begin(self) -> None:
-        """Finish what a process that died left: a store that was being made, or files of logs that were replaced."""
-        manifest = Manifest.read(self.folder)
-        for path in self.folder.glob("log-*"):
-            if manifest.log is None or not path.name.startswith(manifest.log):
-                path.unlink()
-        for path in [*self.folder.glob(".meta.json.*"), *self.folder.glob("index-*")]:
-            if path.name.startswith(".") or not path.name.startswith(f"index-{_number(manifest.log)}-"):
-                path.unlink()
-        if manifest.log is None:
-            name = f"log-1{LOGS[manifest.engine].suffix}"
-            LOGS[manifest.engine](self.folder / name, new=True).close()
-            manifest._replace(log=name).write(self.folder)
 
     def _begin_session(self) -> None:
         state = State.read(self._open_log)
@@ -276,10 +262,17 @@ class LocalEngine(Engine):
                 )  # fmt: skip
                 rows += block_rows(with_id(block, number), source, state.session)
             state = state._replace(next=state.next + len(blocks), dim=dim)
-            self._open_log.write([*rows, *(record.row() for record in changed.values()), state.row()])
-            self._dirty, self._state = True, state
-            self._records |= changed
+            self._write(rows, changed, state)
         return ids
+
+    def _write(self, rows: list[Row], changed: dict[int, Source], state: State) -> None:
+        try:
+            self._open_log.write([*rows, *(record.row(state.session) for record in changed.values()), state.row()])
+        except BaseException:
+            self._state = self._state._replace(session=self._state.session + 1)  # for the ids are given again
+            raise
+        self._dirty, self._state = True, state
+        self._records = self._records | changed
 
     def get(self, ids: Sequence[int]) -> list[Block]:
         self._refresh()
@@ -384,9 +377,7 @@ class LocalEngine(Engine):
             record = self._records.get(number) or Source(number, source)
             record = record._replace(facts=record.facts | facts, version=record.version + 1)
             state = self._state._replace(sources=max(self._state.sources, number + 1))
-            self._open_log.write([record.row(), state.row()])
-            self._dirty, self._state = True, state
-            self._records = self._records | {number: record}
+            self._write([], {number: record}, state)
 
     def delete(self, source: str) -> int:
         with self._lock:
@@ -421,7 +412,7 @@ class LocalEngine(Engine):
             self._writing()
             replace_log(self.folder, self._manifest, self._kept_rows(), self._state)
             self._refresh()
-            self._begin()
+            clean(self.folder)
 
     def _kept_rows(self) -> Iterator[Row]:
         log = self._open_log
@@ -430,7 +421,7 @@ class LocalEngine(Engine):
                 (keys,) = log.get("keys", [block.layer << IDS | number])
                 yield "frames", number, value
                 yield "keys", block.layer << IDS | number, keys or b""
-        yield from (record.row() for record in self._records.values())
+        yield from (record.row(self._state.session) for record in self._records.values())
 
     def close(self) -> None:
         if self._closed.is_set():
@@ -469,6 +460,18 @@ def lock_writer(folder: Path) -> Any:
     return file
 
 
+def clean(folder: Path) -> None:
+    """Finish what a process that died has left: a store that was being made, logs that were replaced, their indexes."""
+    manifest = Manifest.read(folder)
+    for path in [*folder.glob("log-*"), *folder.glob("index-*"), *folder.glob(".meta.json.*")]:
+        if manifest.log is None or _number(path.name) != _number(manifest.log):
+            path.unlink()
+    if manifest.log is None:
+        name = f"log-1{LOGS[manifest.engine].suffix}"
+        LOGS[manifest.engine](folder / name, new=True).close()
+        manifest._replace(log=name).write(folder)
+
+
 def replace_log(folder: Path, manifest: Manifest, rows: Iterable[Row], state: State) -> None:
     """Put a new log with these rows in the place of the one there is. The step that counts is that of meta.json; what
     a process that dies leaves is removed when the store is next opened for writing."""
@@ -490,5 +493,7 @@ def replace_log(folder: Path, manifest: Manifest, rows: Iterable[Row], state: St
     manifest._replace(log=name, forgotten=()).write(folder)
 
 
-def _number(log: str | None) -> int:
-    return 0 if log is None else int(log.partition(".")[0].partition("-")[2])
+def _number(name: str | None) -> int:
+    """N of "log-N.lmdb" and "index-N-L.faiss"; 0 where there is none."""
+    found = re.match(r"(?:log|index)-(\d+)", name or "")
+    return int(found[1]) if found else 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 TABLES = ("frames", "keys", "sources", "state")
@@ -12,6 +14,7 @@ CHUNK = 4 << 20  # bytes that a scan holds at a time
 SYNC = ("block", "second", "close")
 
 Row = tuple[str, int, bytes]
+Raw = mmap.mmap | bytes
 
 
 class Log(ABC):
@@ -46,7 +49,19 @@ class Log(ABC):
     @abstractmethod
     def close(self) -> None: ...
 
+    # for salvage
+
+    @classmethod
+    @contextmanager
+    def raw(cls, path: Path) -> Iterator[Raw]:
+        """The bytes of a log's file, be it whole or not; none if there is no file."""
+        if not path.exists() or not path.stat().st_size:
+            yield b""
+            return
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            yield content
+
     @staticmethod
-    @abstractmethod
-    def pieces(file: memoryview, at: int, length: int) -> bytes:
-        """The `length` bytes of a value whose first byte is `file[at]`, as far as they are there: for salvage."""
+    def pieces(file: Raw, at: int, length: int) -> bytes:
+        """The `length` bytes of a value whose first byte is `file[at]`, as far as they are there."""
+        return file[at : at + length]

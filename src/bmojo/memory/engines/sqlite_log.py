@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import struct
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from bmojo.errors import StoreError
-from bmojo.memory.engines.log import CHUNK, LAST, TABLES, Log, Row
+from bmojo.memory.engines.log import CHUNK, LAST, TABLES, Log, Raw, Row
 
 PAGE = 4096
 WAIT = 60.0  # seconds for a lock that another process holds
@@ -94,8 +95,34 @@ class SQLiteLog(Log):
         with self._told():
             self._file.close()
 
+    @classmethod
+    @contextmanager
+    def raw(cls, path: Path) -> Iterator[Raw]:
+        """With what is still to be moved there from the write-ahead log.
+
+        Source: sqlite.org/fileformat2.html, section 4.1, "WAL File Format".
+        """
+        waiting = path.with_name(path.name + "-wal")
+        pages = list(_pages(waiting.read_bytes())) if waiting.exists() else []
+        if not pages:
+            with super().raw(path) as content:
+                yield content
+            return
+        merged = path.with_name(path.name + "-merged")
+        try:
+            if path.exists():
+                shutil.copyfile(path, merged)
+            with merged.open("r+b" if merged.exists() else "w+b") as file:
+                for number, page in pages:
+                    file.seek((number - 1) * PAGE)
+                    file.write(page)
+            with super().raw(merged) as content:
+                yield content
+        finally:
+            merged.unlink(missing_ok=True)
+
     @staticmethod
-    def pieces(file: memoryview, at: int, length: int) -> bytes:
+    def pieces(file: Raw, at: int, length: int) -> bytes:
         """A value that is too long for its page goes on in a chain of others, each after the number of the next.
 
         Source: sqlite.org/fileformat2.html, section 1.6, "Calculation Of Cell Payload Sizes".
@@ -105,19 +132,32 @@ class SQLiteLog(Log):
             head += 1
         payload, most, least = head + length, PAGE - 35, (PAGE - 12) * 32 // 255 - 23
         if payload <= most:
-            return bytes(file[at : at + length])
+            return file[at : at + length]
         local = least + (payload - least) % (PAGE - 4)
         here = (least if local > most else local) - head
-        parts, start = [bytes(file[at : at + here])], at + here
+        parts, start = [file[at : at + here]], at + here
         left = length - here
         while left > 0 and start + 4 <= len(file):
             (page,) = struct.unpack_from(">I", file, start)
             start = (page - 1) * PAGE
             if page < 1 or start + 4 > len(file):
                 break
-            parts.append(bytes(file[start + 4 : start + 4 + min(left, PAGE - 4)]))
+            parts.append(file[start + 4 : start + 4 + min(left, PAGE - 4)])
             left -= PAGE - 4
         return b"".join(parts)
+
+
+def _pages(wal: bytes) -> Iterator[tuple[int, bytes]]:
+    """Numbers and contents of the pages in a write-ahead log up to its last commit."""
+    pending = []
+    for at in range(32, len(wal) - PAGE - 23, PAGE + 24):
+        number, commit = struct.unpack_from(">II", wal, at)
+        if wal[at + 8 : at + 16] != wal[16:24]:  # of an earlier round
+            return
+        pending.append((number, wal[at + 24 : at + 24 + PAGE]))
+        if commit:
+            yield from pending
+            pending = []
 
 
 def _require_whole(path: Path) -> None:
