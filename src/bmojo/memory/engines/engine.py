@@ -11,6 +11,7 @@ used again.
 from __future__ import annotations
 
 import difflib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from threading import RLock
@@ -156,7 +157,7 @@ def _is_unicode(text: str) -> bool:
 
 def check_meta(stored: dict[str, Any], given: dict[str, Any] | None, where: str) -> None:
     """Raises StoreError that tells what differs, unless `given` (None: anything) is what the store was made with."""
-    if given is None or stored == given:
+    if given is None or stored == (given := json.loads(json.dumps(given))):  # in JSON, tuples are lists
         return
     names = sorted(name for name in stored.keys() | given.keys() if stored.get(name) != given.get(name))
     told = "; ".join(f"{name}: the store has {stored.get(name)!r}, asked for {given.get(name)!r}" for name in names)
