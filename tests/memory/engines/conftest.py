@@ -14,9 +14,11 @@ import tempfile
 import pytest
 
 from bmojo.memory.engines.engine import MemoryEngine
+from bmojo.memory.engines.lancedb import open_lancedb
 from bmojo.memory.engines.pgvector import open_pgvector
 
-ENGINES = ["memory", pytest.param("pgvector", marks=pytest.mark.slow)]
+ENGINES = ["memory", "lancedb", pytest.param("pgvector", marks=pytest.mark.slow)]
+MODES = {"write": "a", "read": "r"}
 
 
 @pytest.fixture
@@ -47,7 +49,12 @@ def postgres():
 @pytest.fixture
 def pgvector_place(postgres):
     url = f"{postgres}&store=test {secrets.token_hex(4)}"
-    return lambda meta=None, mode="write": open_pgvector(url, meta, mode)
+    return lambda meta=None, mode="write": open_pgvector(url, meta, MODES[mode])
+
+
+@pytest.fixture
+def lancedb_place(tmp_path):
+    return lambda meta=None, mode="write": open_lancedb(f"lancedb://{tmp_path}/store", meta, MODES[mode])
 
 
 @pytest.fixture(params=ENGINES)

@@ -46,7 +46,7 @@ def admin(postgres):
 def test_the_graph_finds_what_an_exact_search_finds_in_ranges_too(url, rng):
     """Without iterative scans, few blocks of a range would pass the filter, which comes after the graph."""
     exact = MemoryEngine()
-    with open_pgvector(f"{url}&index=hnsw") as store:
+    with open_pgvector(f"{url}&index=hnsw", mode="a") as store:
         for _ in range(2):
             blocks = some_blocks(rng, 200)
             store.put(blocks), exact.put(blocks)
@@ -70,10 +70,10 @@ def test_the_graph_finds_what_an_exact_search_finds_in_ranges_too(url, rng):
 def test_the_graph_is_made_when_it_is_asked_for_and_an_exact_search_does_not_use_it(url, rng):
     exact, blocks = MemoryEngine(), some_blocks(rng, 200)
     exact.put(blocks)
-    with open_pgvector(url) as store:
+    with open_pgvector(url, mode="a") as store:
         store.put(blocks)
-    open_pgvector(f"{url}&index=hnsw").close()
-    with open_pgvector(url, mode="read") as store:
+    open_pgvector(f"{url}&index=hnsw", mode="a").close()
+    with open_pgvector(url) as store:
         store._reader.execute("set enable_seqscan = off")
         queries = rng.standard_normal((20, 16)).astype(np.float32)
         found, every = (e.search(0, queries, 20, generation=199) for e in (store, exact))
@@ -88,7 +88,7 @@ def test_compaction_erases_from_the_tables(url, admin, rng):
         admin.execute("checkpoint")
         return [f for f in (folder / "base").rglob("*") if f.is_file() and secret.encode() in f.read_bytes()]
 
-    with open_pgvector(url) as store:
+    with open_pgvector(url, mode="a") as store:
         store.put(some_blocks(rng, 5, "kept") + some_blocks(rng, 5, secret))
         store.note(secret, title=secret)
         assert holders()
@@ -100,7 +100,7 @@ def test_compaction_erases_from_the_tables(url, admin, rng):
 
 def test_compaction_tells_of_transactions_that_still_see_what_was_deleted(url, admin, rng, monkeypatch):
     monkeypatch.setattr("bmojo.memory.engines.pgvector.PATIENCE", 0.1)
-    with open_pgvector(url) as store:
+    with open_pgvector(url, mode="a") as store:
         store.put(some_blocks(rng, 2))
         store.delete("a")
         with admin.transaction():
@@ -114,13 +114,13 @@ def test_compaction_tells_of_transactions_that_still_see_what_was_deleted(url, a
 
 
 def test_a_writer_that_is_gone_leaves_no_lock(url, admin):
-    store = open_pgvector(url)
+    store = open_pgvector(url, mode="a")
     with pytest.raises(StoreError, match=r"being written to by another process \(bmojo .*:\d+\)"):
-        open_pgvector(url)
+        open_pgvector(url, mode="a")
     admin.execute("select pg_terminate_backend(%s)", (store._writer.info.backend_pid,))
     with pytest.raises(StoreError, match="terminat"):
         store.note("a", x=1)
-    open_pgvector(url).close()
+    open_pgvector(url, mode="a").close()
     store.close()
 
 
@@ -138,19 +138,19 @@ def test_a_writer_that_is_gone_leaves_no_lock(url, admin):
 )
 def test_wrong_urls(url, told):
     with pytest.raises(StoreError, match=told) as caught:
-        open_pgvector(url)
+        open_pgvector(url, mode="a")
     assert "\n" not in str(caught.value)
 
 
 def test_passwords_are_not_told():
     with pytest.raises(StoreError) as caught:
-        open_pgvector("postgresql://me:secret@127.0.0.1:9/db?password=hidden")
+        open_pgvector("postgresql://me:secret@127.0.0.1:9/db?password=hidden", mode="a")
     assert not re.search("secret|hidden", str(caught.value))
 
 
 def test_a_database_that_is_not_there(postgres):
     with pytest.raises(StoreError, match='database "nothere" does not exist'):
-        open_pgvector(postgres.replace("/postgres?", "/nothere?"))
+        open_pgvector(postgres.replace("/postgres?", "/nothere?"), mode="a")
 
 
 def test_a_database_without_the_extension(postgres, admin):
@@ -159,30 +159,30 @@ def test_a_database_without_the_extension(postgres, admin):
     admin.execute(f"create role {name} login")
     other = postgres.replace("/postgres?", f"/{name}?")
     with pytest.raises(StoreError, match=r"needs the extension pgvector 0\.8 or newer, the database has none"):
-        open_pgvector(other, mode="read")
+        open_pgvector(other)
     with pytest.raises(StoreError, match='permission denied to create extension "vector"'):
-        open_pgvector(other.replace("postgres:@", f"{name}@"))
-    open_pgvector(other).close()
+        open_pgvector(other.replace("postgres:@", f"{name}@"), mode="a")
+    open_pgvector(other, mode="a").close()
     with pytest.raises(StoreError, match="permission denied"):
-        open_pgvector(other.replace("postgres:@", f"{name}@"))  # to read another's store
+        open_pgvector(other.replace("postgres:@", f"{name}@"), mode="a")  # to read another's store
     admin.execute(f"drop database {name}")
     admin.execute(f"drop role {name}")
 
 
 def test_stores_of_other_formats(url, admin):
-    open_pgvector(url).close()
+    open_pgvector(url, mode="a").close()
     name = url.rpartition("=")[2]
     admin.execute(f"update {name}.store set format = 7")
-    for mode in ("read", "write"):
+    for mode in "ra":
         with pytest.raises(StoreError, match="has format 7, this bmojo reads up to 1; update bmojo"):
             open_pgvector(url, mode=mode)
     admin.execute(f"drop table {name}.store; create table {name}.store (x int)")
     with pytest.raises(StoreError, match="column"):
-        open_pgvector(url)
+        open_pgvector(url, mode="a")
 
 
 def test_a_damaged_frame_is_refused(url, admin, rng):
-    with open_pgvector(url) as store:
+    with open_pgvector(url, mode="a") as store:
         store.put(some_blocks(rng, 2))
         name = url.rpartition("=")[2]
         admin.execute(f"update {name}.blocks set frame = set_byte(frame, 200, 255 - get_byte(frame, 200)) where id = 1")

@@ -66,9 +66,10 @@ create index on keys using brin (block);
 LIVE = "not in (select source from tombstones)"
 
 
-def open_pgvector(url: str, meta: dict[str, Any] | None = None, mode: str = "write") -> PgvectorEngine:
+def open_pgvector(url: str, meta: dict[str, Any] | None = None, mode: str = "r") -> PgvectorEngine:
     """The store at `url`, postgresql://user@host/database?store=NAME: NAME is the schema, by default bmojo; further
-    `index=hnsw` and `ef_search=` (default 200) as said above; the rest is libpq's. Made if `mode` is "write".
+    `index=hnsw` and `ef_search=` (default 200) as said above; the rest is libpq's. With mode "a" it is opened for
+    writing, and made if it is not there.
 
     Raises StoreError if there is no such server, database, extension or store, or it is not as asked for.
     """
@@ -101,7 +102,7 @@ class PgvectorEngine(Engine):
         self._writer: Any = None
         try:
             with self._told():
-                self._open(server, name, meta, mode == "write")
+                self._open(server, name, meta, mode == "a")
         except BaseException:
             self.close()
             raise
