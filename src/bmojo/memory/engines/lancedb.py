@@ -130,8 +130,9 @@ class LanceEngine(Engine):
         self._index()
 
     def _open_tables(self) -> None:
-        self._blocks, self._keys = (self._database.open_table(name) for name in ("blocks", "keys"))
-        self._dim = self._keys.schema.field("key").type.list_size
+        keys = self._database.open_table("keys")
+        self._blocks, self._dim = self._database.open_table("blocks"), keys.schema.field("key").type.list_size
+        self._keys = keys  # last, as a sign to other threads
 
     def _index(self) -> None:
         self._blocks.create_index("id", config=self._lance.index.BTree())
@@ -206,7 +207,7 @@ class LanceEngine(Engine):
 
     def _there(self) -> bool:
         """Whether anything was ever put."""
-        if self._keys is None:
+        if self._keys is None and not self._writes:
             self._look()
         return self._keys is not None
 
