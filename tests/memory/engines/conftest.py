@@ -13,11 +13,10 @@ import tempfile
 
 import pytest
 
+from bmojo.memory.engines import open_store
 from bmojo.memory.engines.engine import MemoryEngine
-from bmojo.memory.engines.lancedb import open_lancedb
-from bmojo.memory.engines.pgvector import open_pgvector
 
-ENGINES = ["memory", "lancedb", pytest.param("pgvector", marks=pytest.mark.slow)]
+ENGINES = ["memory", "lmdb", "sqlite", "lancedb", pytest.param("pgvector", marks=pytest.mark.slow)]
 MODES = {"write": "a", "read": "r"}
 
 
@@ -31,6 +30,23 @@ def memory_place():
         return opened[0]
 
     return place
+
+
+def _local(folder, engine):
+    def place(meta=None, mode="write"):
+        return open_store(folder, meta=meta, engine=engine, mode=MODES[mode], publish=0)
+
+    return place
+
+
+@pytest.fixture
+def lmdb_place(tmp_path):
+    return _local(tmp_path / "store", "lmdb")
+
+
+@pytest.fixture
+def sqlite_place(tmp_path):
+    return _local(tmp_path / "store", "sqlite")
 
 
 @pytest.fixture(scope="session")
@@ -49,12 +65,12 @@ def postgres():
 @pytest.fixture
 def pgvector_place(postgres):
     url = f"{postgres}&store=test {secrets.token_hex(4)}"
-    return lambda meta=None, mode="write": open_pgvector(url, meta, MODES[mode])
+    return lambda meta=None, mode="write": open_store(url, meta=meta, mode=MODES[mode])
 
 
 @pytest.fixture
 def lancedb_place(tmp_path):
-    return lambda meta=None, mode="write": open_lancedb(f"lancedb://{tmp_path}/store", meta, MODES[mode])
+    return lambda meta=None, mode="write": open_store(f"lancedb://{tmp_path}/store", meta=meta, mode=MODES[mode])
 
 
 @pytest.fixture(params=ENGINES)

@@ -18,9 +18,7 @@ writes.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +44,7 @@ from bmojo.memory.engines.engine import (
     no_blocks,
     no_source,
 )
+from bmojo.memory.engines.local import lock_writer
 
 FORMAT = 1
 PAGE = 256  # blocks that are read at once
@@ -391,24 +390,6 @@ class LanceEngine(Engine):
             if self._held is not None:
                 self._held.close()
             self._database = self._held = None
-
-
-def lock_writer(folder: Path) -> Any:
-    """The lock of the one writer, until it is closed or its process ends. Raises StoreError if another has it."""
-    file = open(folder / "writer.lock", "a+")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        holder = file.read()
-        file.close()
-        raise StoreError(
-            f"the store {folder} is being written to by process {holder}; wait for its end, or open the store to read"
-        ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
 
 
 def _text(value: str) -> str:
