@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from bmojo.config import ModelConfig
 from bmojo.errors import CheckpointError, ConfigError
 from bmojo.files import write_whole
+from bmojo.memory.digest import digest
 from bmojo.memory.layout import Layout, make_layout
 from bmojo.memory.state import MemoryState, require_fit
 from bmojo.memory.step import Step
@@ -253,6 +254,10 @@ class BMojoLM(nn.Module):
             raise ConfigError(f"embeddings must be {dtype}, as the model is, got {tokens.dtype}")
         if state is not None:
             require_fit(state, self.config, tokens.shape[0], dtype)
+
+    def fingerprint(self) -> str:
+        """What the weights are known by, 16 hex digits: a memory belongs to the model whose fingerprint it has."""
+        return digest(self.state_dict())[:16]
 
     # checkpoints: a folder with config.json and model.safetensors, or shards and their index
     def save(self, folder: str | os.PathLike) -> None:
