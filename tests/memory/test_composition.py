@@ -204,7 +204,8 @@ def test_what_does_not_compose_is_refused_by_name():
         ([state, plain], "given", r"layer 0 \(ssm\) has no transition .*empty_state\(\).tracked\(\)"),
         ([read(hybrid, draw_tokens(1, 5))], "given", r"layer 1 \(attention\) keeps the whole past"),
         ([state, read(other, draw_tokens(1, 5))], "given", "hidden_size is 16 here and 8 in the state"),
-        ([state, state.repeat(2)], "given", "one batch size, got 1 and 2"),
+        ([state, state.repeat(2)], "given", r"one batch size, device and dtype, got \(1, .* and \(2, "),
+        ([state, state.to(dtype=torch.bfloat16)], "given", "float64.*bfloat16"),
         ([read(gdn, draw_tokens(1, 5))] * 9, "all", "at most 8 documents of a gdn model.*order='cyclic'"),
         ([read(summary, draw_tokens(1, 5))] * 2, "given", r"whole chunks \(4 tokens\), got one of 5"),
     ):

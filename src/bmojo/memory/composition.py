@@ -59,15 +59,15 @@ Layer = dict[str, Tensor]
 def compose(states: Sequence[MemoryState], order: str = "given") -> MemoryState:
     """The memory of all documents whose memories are given, each read from `model.empty_state().tracked()`.
 
-    Every row of the batch is composed by itself. The result is tracked: it can be composed again, and is the same
-    however documents are grouped. Raises StateError for states of other models or batch sizes, for states that are not
+    Every row of the batch is composed by itself. The result is tracked: it can be composed again, and in order "given"
+    it is the same however documents are grouped. Raises StateError for states of other models or batch sizes, for states that are not
     tracked, for layers that keep the whole past, and for what `order` can't do.
     """
-    if not states:
-        raise StateError("there is nothing to compose: give at least one state")
+    if not states or not states[0].batch_size:
+        raise StateError("there is nothing to compose: give at least one state, of at least one row")
     if order not in ORDERS:
         raise StateError(f"unknown order {order!r}; {nearest(order, ORDERS)}")
-    config, batch = states[0].config, states[0].batch_size
+    config = states[0].config
     for i, kind in enumerate(config.kinds):
         if kind != "ssm" and config.window_of(kind) is None:
             raise StateError(
@@ -80,14 +80,23 @@ def compose(states: Sequence[MemoryState], order: str = "given") -> MemoryState:
             )
     for state in states:
         require_same(state.config, config)
-        if state.batch_size != batch:
-            raise StateError(f"states must have one batch size, got {batch} and {state.batch_size}; use state.select")
-    rows = [_compose_row([state.select([row]) for state in states], order) for row in range(batch)]
+        if (ours := _make(state)) != _make(states[0]):
+            raise StateError(
+                f"states must have one batch size, device and dtype, got {_make(states[0])} and {ours}; "
+                "use state.select or state.to"
+            )
+    with torch.autocast(states[0].position.device.type, enabled=False):
+        rows = [_compose_row([_row(state, row) for state in states], order) for row in range(states[0].batch_size)]
     layers = (
         {name: torch.cat([row.layers[i][name] for row in rows]) for name in rows[0].layers[i]}
         for i in range(len(config.kinds))
     )
     return MemoryState(config, tuple(layers))
+
+
+def _make(state: MemoryState) -> tuple[int, str, str]:
+    verbatim = (tensor for name, tensor in state.layers[0].items() if name in ("k", "ssm_conv"))
+    return state.batch_size, str(state.position.device), str(next(verbatim).dtype)
 
 
 # the algebra of fading memories
@@ -159,6 +168,10 @@ AVERAGES = {"given": in_order, "cyclic": mean_of_rotations, "all": mean_of_order
 
 
 # the other memories, of one row
+def _row(state: MemoryState, row: int) -> MemoryState:
+    return state.map(lambda tensor: tensor[row : row + 1])
+
+
 def _compose_row(states: list[MemoryState], order: str) -> MemoryState:
     states = [state for state in states if int(state.position)] or states[:1]
     if len(states) == 1:
@@ -264,6 +277,8 @@ class _Documents:
         ring = torch.zeros_like(self.layers[-1][name])
         room = size = ring.shape[1]
         for layer, length, start in zip(self.layers[::-1], self.lengths[::-1], self.starts[::-1], strict=True):
+            if not room:
+                break
             entries = length // stride
             number = torch.arange(entries - min(room, entries), entries, device=ring.device)
             rows = layer[name][:, number % size]

@@ -92,6 +92,10 @@ class StateStore:
                     return version
                 except FileExistsError:
                     version += 1
+                except OSError as error:  # a file system without hard links, or the name was just deleted
+                    raise StoreError(
+                        f"can't keep {name!r} in {self.folder}: {error.strerror}; nothing was changed"
+                    ) from error
 
     def get(self, name: str, version: int | None = None, device: str = "cpu") -> MemoryState:
         """The newest version of `name`, or another one; the note that it was put with, and the fingerprint."""
