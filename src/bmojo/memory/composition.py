@@ -60,8 +60,8 @@ def compose(states: Sequence[MemoryState], order: str = "given") -> MemoryState:
     """The memory of all documents whose memories are given, each read from `model.empty_state().tracked()`.
 
     Every row of the batch is composed by itself. The result is tracked: it can be composed again, and in order "given"
-    it is the same however documents are grouped. Raises StateError for states of other models or batch sizes, for states that are not
-    tracked, for layers that keep the whole past, and for what `order` can't do.
+    it is the same however documents are grouped. Raises StateError for states of other models, batch sizes or dtypes,
+    for states that are not tracked, for layers that keep the whole past, and for what `order` can't do.
     """
     if not states or not states[0].batch_size:
         raise StateError("there is nothing to compose: give at least one state, of at least one row")
@@ -139,7 +139,7 @@ def _mean_by_quadrature(maps: Sequence[Map]) -> Map:
     log, h = (torch.stack(part) for part in zip(*maps, strict=True))
     points, weights = np.polynomial.legendre.leggauss(-(-len(maps) // 2))
     shape = (-1, *(1,) * log.ndim)
-    t, w = (widest(torch.from_numpy(z).to(log)).view(shape) / 2 for z in (points + 1, weights))
+    t, w = (torch.from_numpy(z).to(widest(log)).view(shape) / 2 for z in (points + 1, weights))
     others = 1 + t * widest(log).expm1()  # [points, documents, ...]
     one = torch.ones_like(others[:, :1])
     before = torch.cat((one, others[:, :-1]), 1).cumprod(1)
