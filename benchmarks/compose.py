@@ -6,7 +6,7 @@
 
 Text: K passages of a held-out document are read each by itself, and stored; then comes what follows them: a prompt,
 which every way of remembering reads, and a continuation, whose bits per byte are counted. Recall: the half of MQAR that
-holds the pairs, cut into K documents; the half that asks is the continuation. The ways of remembering:
+holds the pairs, cut into K documents; the half that asks is the continuation; as trained, and twice as long. The ways of remembering:
 
     again       all documents read one after the other: what composition stands for
     given, cyclic, all      `bmojo.compose` in order, over the rotations (PICASO-R), over all orders (PICASO-S)
@@ -79,9 +79,13 @@ def main() -> None:
         results["time"][name] = times(model, options.documents, options.lengths)
     for folder in options.recall:
         model, name = open_run(folder)
-        task = make_task(**json.loads((folder / "task.json").read_text()))
-        rows = [recall_row(model, task, count, options.texts) for count in options.documents]
-        results["recall"][name] = dict(zip(map(str, options.documents), rows, strict=True))
+        record = json.loads((folder / "task.json").read_text())
+        for times_as_much in (1, 2):
+            more = {setting: record[setting] * times_as_much for setting in ("pairs", "length")}
+            task = make_task(**(record | more))
+            rows = [recall_row(model, task, count, options.texts) for count in options.documents]
+            title = f"{name}, {more['pairs']} pairs among {record['filler']}"
+            results["recall"][title] = dict(zip(map(str, options.documents), rows, strict=True))
     write_whole(options.out / "compose.json", (json.dumps(results, indent=1) + "\n").encode())
     write_pictures(options.out, [picture(results)])
     print(json.dumps({key: results[key] for key in ("text", "recall", "time")}, indent=1))
