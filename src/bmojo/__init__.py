@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from bmojo import presets
     from bmojo.config import ModelConfig
     from bmojo.hf import BMojoByteTokenizer, BMojoCache, BMojoConfig, BMojoForCausalLM
+    from bmojo.memory.composition import compose
     from bmojo.memory.state import MemoryState
+    from bmojo.memory.states import StateStore
     from bmojo.nn.mixer import Mixer, Trace
     from bmojo.nn.model import BMojoLM
 
@@ -31,8 +33,10 @@ __all__ = [
     "MemoryState",
     "Mixer",
     "ModelConfig",
+    "StateStore",
     "Trace",
     "__version__",
+    "compose",
     "presets",
 ]
 
@@ -45,7 +49,9 @@ _HOME = {
     "MemoryState": "bmojo.memory.state",
     "Mixer": "bmojo.nn.mixer",
     "ModelConfig": "bmojo.config",
+    "StateStore": "bmojo.memory.states",
     "Trace": "bmojo.nn.mixer",
+    "compose": "bmojo.memory.composition",
 }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from bmojo.config import ModelConfig
 from bmojo.errors import ConfigError, StateError
 from bmojo.files import write_whole
+from bmojo.memory.digest import digest
 from bmojo.memory.spec import Entry, layer_spec
 
 FORMAT = "bmojo.memory-state"
@@ -95,9 +96,34 @@ class MemoryState:
 
         layers = []
         for kind, layer in zip(self.config.kinds, self.layers, strict=True):
-            spec = layer_spec(self.config, kind)
+            spec = layer_spec(self.config, kind, tracked=True)
             kept = {name: dtype if spec[name].kind == "verbatim" else None for name in layer}
             layers.append({name: tensor.to(device=device, dtype=kept[name]) for name, tensor in layer.items()})
+        return dataclasses.replace(self, layers=tuple(layers))
+
+    def tracked(self) -> MemoryState:
+        """The empty state, with the transition of each SSM kept beside its state from here on, for `memory.compose`:
+
+            h after a document = A h before it + (h after it from the empty state)
+
+        `transition` is log A where that is diagonal (ssd, s6), and the matrix A for gdn. The same number of tokens, in
+        any calls, with any padding, makes it; a document id may not change on the way.
+        Raises StateError for a state that has read something.
+        """
+        if bool(self.position.any()):
+            raise StateError(
+                f"a state is tracked from its first token on, got one that has read {int(self.position.max())}; "
+                "start from model.empty_state().tracked()"
+            )
+        layers = []
+        for kind, layer in zip(self.config.kinds, self.layers, strict=True):
+            spec, new = layer_spec(self.config, kind, tracked=True), dict(layer)
+            if "transition" in spec:
+                start = layer["ssm"].new_zeros(self.batch_size, *spec["transition"].shape)
+                if self.config.ssm == "gdn":
+                    start = start + torch.eye(start.shape[-1], dtype=start.dtype, device=start.device)
+                new["transition"] = start
+            layers.append(new)
         return dataclasses.replace(self, layers=tuple(layers))
 
     def save(self, path: str | os.PathLike) -> None:
@@ -108,7 +134,7 @@ class MemoryState:
             for name, tensor in layer.items()
         }
         metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(self.config.to_dict())}
-        metadata["note"] = json.dumps(self.note)
+        metadata |= {"note": json.dumps(self.note), "digest": digest(tensors)}
         write_whole(Path(path), save(tensors, metadata=metadata))
 
     @classmethod
@@ -142,18 +168,22 @@ class MemoryState:
             ) from None
         if config is not None:
             require_same(saved, config)
+        if metadata.get("digest") not in (None, digest(tensors)):  # states of before have none
+            raise StateError(f"{path} is damaged: its tensors are not those that were saved; save the state again")
         return cls(saved, _layers(tensors, saved, path), note)
 
 
 def _layers(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tuple[dict[str, Tensor], ...]:
     """The tensors of a state file by layer, or StateError unless they are those of `config`."""
     layers: list[dict[str, Tensor]] = []
-    known = {f"layers.{i}.{name}" for i, kind in enumerate(config.kinds) for name in layer_spec(config, kind)}
+    tracked = any(name.endswith(".transition") for name in tensors)
+    specs = [layer_spec(config, kind, tracked=tracked) for kind in config.kinds]
+    known = {f"layers.{i}.{name}" for i, spec in enumerate(specs) for name in spec}
     if foreign := sorted(tensors.keys() - known):
         raise StateError(f"{path} is damaged: it holds {foreign[0]}, which this model has not; save the state again")
-    for i, kind in enumerate(config.kinds):
+    for i, (kind, spec) in enumerate(zip(config.kinds, specs, strict=True)):
         layer = {}
-        for name, entry in layer_spec(config, kind).items():
+        for name, entry in spec.items():
             tensor = tensors.get(f"layers.{i}.{name}")
             grows = name in ("k", "v") and config.window_of(kind) is None
             shape = None if tensor is None else tuple(tensor.shape[2 if grows else 1 :])
