@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bmojo import presets
     from bmojo.config import ModelConfig
+    from bmojo.generate import Stream
     from bmojo.hf import BMojoByteTokenizer, BMojoCache, BMojoConfig, BMojoForCausalLM
     from bmojo.memory.state import MemoryState
     from bmojo.nn.mixer import Mixer, Trace
@@ -31,6 +32,7 @@ __all__ = [
     "MemoryState",
     "Mixer",
     "ModelConfig",
+    "Stream",
     "Trace",
     "__version__",
     "presets",
@@ -45,6 +47,7 @@ _HOME = {
     "MemoryState": "bmojo.memory.state",
     "Mixer": "bmojo.nn.mixer",
     "ModelConfig": "bmojo.config",
+    "Stream": "bmojo.generate",
     "Trace": "bmojo.nn.mixer",
 }
 

@@ -4,9 +4,8 @@ import sys
 
 import pytest
 
-from bmojo import BMojoLM
+from bmojo import BMojoLM, Stream
 from bmojo.data import ByteTokenizer
-from bmojo.generate import generate
 
 PROGRAM = "import sys, bmojo.cli; sys.exit(bmojo.cli.main())"
 
@@ -15,8 +14,8 @@ def test_prints_what_the_library_generates(run_folder, bmojo, tmp_path):
     (tmp_path / "prompt.txt").write_text("Grüße")
     more = ["--max-new-tokens", 30, "--temperature", 0.7, "--top-p", 0.9, "--top-k", 50, "--seed", 3]
     model, codec = BMojoLM.load(run_folder / "model"), ByteTokenizer()
-    choice = {"max_new_tokens": 30, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "seed": 3}
-    text = codec.decode(list(generate(model, codec.encode("Grüße").tolist(), **choice)))
+    stream = Stream(model, temperature=0.7, top_p=0.9, top_k=50, seed=3).feed("Grüße")
+    text = codec.decode(list(stream.generate(30)))
     assert bmojo("generate", run_folder, "--prompt", "Grüße", *more) == (0, text, "")
     assert bmojo("generate", run_folder / "model", "--prompt-file", tmp_path / "prompt.txt", *more) == (0, text, "")
 
@@ -42,7 +41,7 @@ def shown(text):
 
 
 def test_refuses(run_folder, refused, tmp_path):
-    assert "give --prompt, --prompt-file or --resume-state" in refused("generate", run_folder)
+    assert "give --prompt or --prompt-file" in refused("generate", run_folder)
     assert "give one" in refused("generate", run_folder, "--prompt", "a", "--prompt-file", "b")
     assert "missing.txt: No such file" in refused("generate", run_folder, "--prompt-file", tmp_path / "missing.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 ")
@@ -59,9 +58,11 @@ def test_refuses(run_folder, refused, tmp_path):
     )
 
 
-def test_a_state_without_a_token_is_that_of_the_prompt(run_folder, bmojo, refused, tmp_path):
+def test_no_new_tokens_read_the_prompt(run_folder, bmojo, refused, tmp_path):
     state, more = tmp_path / "new/state", ["--temperature", 0, "--max-new-tokens"]
     whole = bmojo("generate", run_folder, "--prompt", "Document", *more, 10)[1]
     assert bmojo("generate", run_folder, "--prompt", "Docu", *more, 0, "--state", state) == (0, "", "")
-    assert "has read all of its text: give --prompt" in refused("generate", run_folder, "--resume-state", state)
     assert bmojo("generate", run_folder, "--resume-state", state, "--prompt", "ment", *more, 10)[1] == whole
+    BMojoLM.load(run_folder / "model").empty_state().save(state)
+    assert "nothing to go on from: give --prompt" in refused("generate", run_folder, "--resume-state", state)
+    assert bmojo("generate", run_folder, "--resume-state", state, "--prompt", "Document", *more, 10)[1] == whole
