@@ -25,6 +25,13 @@ def naive(model, ids, count, **sampling):
     return ids[len(ids) - count :]
 
 
+@torch.no_grad()
+def explains(model, ids, made, **sampling):
+    """Whether a forward pass over `ids` chooses those at the positions `made`."""
+    logits, choice = model(torch.tensor([ids]))[0][0], Sampling(**sampling)
+    return all(choice.choose(logits[p - 1], p) == ids[p] for p in made)
+
+
 def same_stream(a, b):
     """The snapshots of two streams hold the same, bit for bit."""
     a, b = a.snapshot(), b.snapshot()

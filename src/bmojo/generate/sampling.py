@@ -36,8 +36,9 @@ class Sampling:
             raise ConfigError(f"top_k must be at least 1, got {self.top_k}; leave it out for no limit")
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0, got {self.seed}")
-        if self.temperature == 0 and (self.top_p < 1 or self.top_k is not None):
-            warnings.warn("ignored: top_p and top_k; temperature 0 takes the most likely token", stacklevel=3)
+        ignored = [name for name, given in (("top_p", self.top_p < 1), ("top_k", self.top_k is not None)) if given]
+        if self.temperature == 0 and ignored:
+            warnings.warn(f"ignored: {' and '.join(ignored)}; temperature 0 takes the most likely token", stacklevel=3)
 
     def choose(self, logits: Tensor, position: int) -> int:
         """The token at `position`, by its logits [vocab_size]."""
