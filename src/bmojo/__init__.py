@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bmojo import presets
     from bmojo.config import ModelConfig
+    from bmojo.generate import Stream
     from bmojo.hf import BMojoByteTokenizer, BMojoCache, BMojoConfig, BMojoForCausalLM
     from bmojo.memory.composition import compose
     from bmojo.memory.state import MemoryState
@@ -34,6 +35,7 @@ __all__ = [
     "Mixer",
     "ModelConfig",
     "StateStore",
+    "Stream",
     "Trace",
     "__version__",
     "compose",
@@ -50,6 +52,7 @@ _HOME = {
     "Mixer": "bmojo.nn.mixer",
     "ModelConfig": "bmojo.config",
     "StateStore": "bmojo.memory.states",
+    "Stream": "bmojo.generate",
     "Trace": "bmojo.nn.mixer",
     "compose": "bmojo.memory.composition",
 }

@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -20,7 +21,7 @@ from bmojo.config import ModelConfig
 from bmojo.errors import ConfigError, StateError
 from bmojo.files import write_whole
 from bmojo.memory.digest import digest
-from bmojo.memory.spec import Entry, layer_spec
+from bmojo.memory.spec import CACHE_BLOCK, Entry, layer_spec
 
 FORMAT = "bmojo.memory-state"
 VERSION = 1
@@ -84,6 +85,31 @@ class MemoryState:
         if times < 1:
             raise StateError(f"times must be at least 1, got {times}")
         return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
+
+    @classmethod
+    def cat(cls, states: Sequence[MemoryState]) -> MemoryState:
+        """The rows of all `states`, at least one, of one model and dtype: streams of any lengths in one batch."""
+        first, *others = states
+        for state in others:
+            require_same(state.config, first.config)
+
+        def joined(rows: list[Tensor]) -> Tensor:
+            if len({(row.dtype, row.device) for row in rows}) > 1:
+                raise StateError("states of different dtypes or devices can't be one batch; use state.to")
+            if rows[0].ndim > 1:  # caches that grow are as long as the longest
+                longest = max(row.shape[1] for row in rows)
+                rows = [F.pad(row, (0, 0) * (row.ndim - 2) + (0, longest - row.shape[1])) for row in rows]
+            return torch.cat(rows)
+
+        layers = zip(*(state.layers for state in states), strict=True)
+        return cls(
+            first.config, tuple({name: joined([part[name] for part in layer]) for name in layer[0]} for layer in layers)
+        )
+
+    def split(self) -> list[MemoryState]:
+        """Its rows, each a copy of its own; what `cat` made longer is cut again."""
+        rows = [self.select([row]) for row in range(self.batch_size)]
+        return [_cut_caches(row) for row in rows]
 
     def detach(self) -> MemoryState:
         return self.map(lambda tensor: tensor.detach())
@@ -200,6 +226,17 @@ def _layers(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tupl
     if len({tensor.shape[0] for layer in layers for tensor in layer.values()}) != 1:
         raise StateError(f"{path} is damaged: its tensors differ in batch size; save the state again")
     return tuple(layers)
+
+
+def _cut_caches(row: MemoryState) -> MemoryState:
+    """A state of one row, its caches that grow no longer than they need to be."""
+    size = -(-int(row.position) // CACHE_BLOCK) * CACHE_BLOCK
+    layers = []
+    for kind, layer in zip(row.config.kinds, row.layers, strict=True):
+        grows = row.config.parts(kind).attention and row.config.window_of(kind) is None
+        cut = {name: layer[name][:, :size].clone() for name in ("k", "v")} if grows else {}
+        layers.append(layer | cut)
+    return dataclasses.replace(row, layers=tuple(layers))
 
 
 def require_fit(state: MemoryState, config: ModelConfig, batch: int, dtype: torch.dtype) -> None:
