@@ -27,7 +27,7 @@ SMALL = {
 }
 LOOKUPS = {
     "needle": rb"\nThe number of (\w{6}) is #(\d+)\.\n",
-    "phone_book": rb"\n(\w{6}) (\w{6}): #(\d+)\.\n",
+    "phone_book": rb"\n(\w{6}) (\w{6}) has number #(\d+)\.\n",
     "documents": rb"\nIn (\w{6}), the number of (\w{6}) is #(\d+)\.\n",
 }
 NUMBERS = [0, 7, EVALUATION + 3]
@@ -106,7 +106,8 @@ def lookup_solver(task, row):
             place, value = stated.pop(tuple(names))
             at = found.start(len(names) + 1)
             assert value == number
-            answers |= {at - 1 + i: (number[i], at - 1 - place) for i in range(task.digits)}
+            first = found.end(len(names)) - at if task.early else 0
+            answers |= {at - 1 + i: (number[max(i, 0)], at - 1 + min(i, 0) - place) for i in range(first, task.digits)}
         else:
             stated[tuple(names)] = found.start(len(names) + 1), number
     assert not stated
@@ -323,6 +324,7 @@ def test_needles_in_another_tokenizer():
 def test_lookups_in_each_form(form):
     task = make_task("lookup", length=1200, facts=12, form=form)
     check_answers(task, lookup_solver, 0, rows=5)
+    check_answers(dataclasses.replace(task, early=True), lookup_solver, 0, rows=5)
     for row in task.batch(0, 5)["tokens"]:
         names = list(zip(*re.findall(LOOKUPS[form], bytes(row.tolist())), strict=True))[:-1]
         assert len(set(zip(*names, strict=True))) == 12  # each named by all its names together
@@ -337,18 +339,19 @@ def test_a_haystack_and_all_questions_about_it(form):
     stated = {tuple(found[:-1]): found[-1] for found in re.findall(LOOKUPS[form], text)}
     assert len(text) == 20_000
     assert len(stated) == len(asked["tokens"]) == 40
-    for question, labels, distance in zip(asked["tokens"], asked["labels"], asked["distance"], strict=True):
+    for later, labels, distance in zip(asked["tokens"], asked["labels"], asked["distance"], strict=True):
         at = (labels != NO_ANSWER).nonzero()[0]
-        whole = bytes([*question, labels[-1]]) + b".\n"
-        *names, number = re.fullmatch(LOOKUPS[form], whole).groups()
-        assert stated[tuple(names)] == number == bytes(labels[at].tolist())
+        ((*names, number),) = re.findall(LOOKUPS[form], bytes(later.tolist()))
+        assert stated[tuple(names)] == number == bytes(labels[at].tolist()) == bytes(later[at + 1].tolist())
         assert (asked["haystack"][20_000 + at - distance[at]] == labels[at]).all()
     assert (task.haystack(1)["haystack"] != asked["haystack"]).any()
 
 
 def test_a_haystack_is_text_that_training_never_shows():
-    plain = re.sub(LOOKUPS["needle"], b"", bytes(make_task("lookup", length=2000).haystack(3)["haystack"].tolist()))
-    assert len(plain) > 1800
+    plain = re.sub(
+        LOOKUPS["needle"], b"", bytes(make_task("lookup", length=3000, facts=1).haystack(3)["haystack"].tolist())
+    )
+    assert len(plain) > 2900
     assert plain not in bytes(text_bytes())
     with pytest.raises(DataError, match="length must be at most that of the text there is"):
         make_task("lookup", length=2**26).haystack(0)

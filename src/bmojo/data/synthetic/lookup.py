@@ -5,7 +5,9 @@
 
 Three forms of a fact: of a name alone ("needle"), of a first and a last name ("phone_book"), and of a name in a named
 document ("documents"); in the last two neither name is enough, as both recur in other facts with other numbers.
-For training there are many questions a row; for evaluation, `haystack` gives one long text and all questions about it.
+For training there are many questions a row; for evaluation, `haystack` gives one long text and all that can be asked.
+With `early`, a question asks for the first digit as soon as its names are complete, and at every token from there on:
+so those tokens learn to look for the fact that have to ask a store for it in time.
 The needle is that of `bmojo.data.synthetic.needle`, of which there are many here.
 """
 
@@ -23,10 +25,11 @@ from bmojo.errors import nearest
 
 FORMS = {
     "needle": "\nThe number of {} is #",
-    "phone_book": "\n{} {}: #",
+    "phone_book": "\n{} {} has number #",
     "documents": "\nIn {}, the number of {} is #",
 }
 _STOP = ".\n"
+LATER = 64  # bytes behind a haystack among which a question stands, so that it comes at any place of a chunk or stride
 _CONSONANTS, _VOWELS, _SYLLABLES = b"bdfgklmnprstvz", b"aeiou", 3
 _NAMES = (len(_CONSONANTS) * len(_VOWELS)) ** _SYLLABLES
 
@@ -39,6 +42,7 @@ class Lookup(Task):
     facts: int = 4
     digits: int = 4
     form: str = "needle"
+    early: bool = False
 
     def check(self) -> None:
         self.require(self.form in FORMS, f"unknown form {self.form!r}; {nearest(self.form, FORMS)}")
@@ -68,27 +72,32 @@ class Lookup(Task):
         order.sort(2)  # of each fact the places, among all sentences, of its statement and of its question
         told = np.empty((rows, 2 * self.facts), np.int64)
         np.put_along_axis(told, order.reshape(rows, -1), np.repeat(np.arange(self.facts), 2)[None], 1)
-        tokens, start = self._spread(draw, np.take_along_axis(sentences, told[:, :, None], 1), rows)
+        text = excerpts(draw, rows, self.length - told.shape[1] * self._sentence)
+        tokens, start = _spread(draw, np.take_along_axis(sentences, told[:, :, None], 1), text)
         batch = unasked(tokens)
         stated, asked = (np.take_along_axis(start, order[:, :, i], 1)[:, :, None] for i in (0, 1))
         digit = self._sentence - len(_STOP) - self.digits + np.arange(self.digits)
+        at = digit - 1
+        if self.early:
+            ahead = np.arange(-len(FORMS[self.form].rpartition("}")[2]), 0)
+            at, digit = np.append(at[0] + ahead, at), np.append(np.full_like(ahead, digit[0]), digit)
         answers = sentences[:, :, digit].reshape(rows, -1)
-        ask(batch, (asked + digit - 1).reshape(rows, -1), answers, (stated + digit).reshape(rows, -1))
+        ask(batch, (asked + at).reshape(rows, -1), answers, (stated + digit).reshape(rows, -1))
         return batch
 
     def haystack(self, number: int) -> Batch:
         """`haystack` [length], text that `batch` never shows with all facts stated, and a row for each question about
-        it: `tokens`, `labels` and `distance` as in a batch, [facts, n], to be read after it. The last digit is left
-        out of the tokens."""
+        it: `tokens`, `labels` and `distance` as in a batch, [facts, n], to be read after it. The question stands
+        somewhere in the LATER bytes that follow."""
         draw = self.generator(number)
         sentences = self._sentences(draw, 1)
-        text, start = self._spread(draw, sentences, None)
-        last = self._sentence - len(_STOP)
-        batch = unasked(sentences[0, :, : last - 1])
-        at = np.arange(last - self.digits - 1, last - 1)[None]
-        facts = start[0, :, None] - self.length + at + 1
-        ask(batch, np.broadcast_to(at, facts.shape), sentences[0][:, at[0] + 1], facts)
-        return batch | {"haystack": text[0]}
+        text = _kept(draw, self.length + LATER - sentences[0].size)
+        tokens, stated = _spread(draw, sentences, text[None, :-LATER])
+        rows, asked = _spread(draw, sentences[0][:, None], np.tile(text[-LATER:], (self.facts, 1)))
+        batch = unasked(rows)
+        digit = self._sentence - len(_STOP) - self.digits + np.arange(self.digits)
+        ask(batch, asked + digit - 1, sentences[0][:, digit], stated[0][:, None] + digit - self.length)
+        return batch | {"haystack": tokens[0]}
 
     @property
     def _sentence(self) -> int:
@@ -116,20 +125,17 @@ class Lookup(Task):
             pieces += [_spell(key), fixed(text)]
         return np.concatenate([*pieces, digits, fixed(_STOP)], 2).astype(np.int64)
 
-    def _spread(
-        self, draw: np.random.Generator, sentences: np.ndarray, rows: int | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Sentences [rows, n, bytes] at random places of text, in this order: [rows, length], and their starts; `rows`
-        None: one row of the text that is kept from training."""
-        count, size = sentences.shape[1:]
-        room = self.length - count * size
-        start = np.sort(draw.integers(room + 1, size=sentences.shape[:2]), axis=1) + size * np.arange(count)
-        text = excerpts(draw, rows, room) if rows is not None else _kept(draw, room)[None]
-        tokens = np.full((len(text), self.length), -1)
-        np.put_along_axis(tokens, (start[:, :, None] + np.arange(size)).reshape(len(text), -1),
-                          sentences.reshape(len(text), -1), 1)  # fmt: skip
-        tokens[tokens < 0] = text.ravel()
-        return tokens, start
+
+def _spread(draw: np.random.Generator, sentences: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sentences [rows, n, bytes] at random places of text [rows, m], in this order: [rows, m + n * bytes], and their
+    starts [rows, n]."""
+    rows, count, size = sentences.shape
+    start = np.sort(draw.integers(text.shape[1] + 1, size=(rows, count)), axis=1) + size * np.arange(count)
+    tokens = np.full((rows, text.shape[1] + count * size), -1)
+    inside = (start[:, :, None] + np.arange(size)).reshape(rows, -1)
+    np.put_along_axis(tokens, inside, sentences.reshape(rows, -1), 1)
+    tokens[tokens < 0] = text.ravel()
+    return tokens, start
 
 
 def _spell(names: np.ndarray) -> np.ndarray:
