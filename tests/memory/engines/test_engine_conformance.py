@@ -433,6 +433,37 @@ def test_a_writer_and_searching_threads(store, rng):
     assert [b.id for b in store.scan()] == list(range(80))
 
 
+def test_threads_search_while_the_store_is_compacted(store, rng):
+    stored = dict(enumerate(blocks(rng, 40)))
+    store.put([*stored.values()])
+    generation = published(store, 39)
+    store.delete("b")
+    left = {number: b for number, b in stored.items() if b.source != "b"}
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def read():
+        try:
+            while not done.is_set():
+                queries = ask(rng)
+                same_found(
+                    store.search(3, queries, 6, generation=generation), definition(left, 3, queries, 6, generation)
+                )
+                assert [b.id for b in store.get([*left])] == [*left]
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for _ in range(3):
+        store.compact()
+        store.put([block(rng, "d")])
+        store.delete("d")
+    done.set()
+    thread.join()
+    assert not failures, failures[0]
+
+
 def test_two_writing_threads_share_no_ids(store, rng):
     put, ids = blocks(rng, 4), []
     threads = [threading.Thread(target=lambda: [ids.extend(store.put(put)) for _ in range(5)]) for _ in range(3)]

@@ -28,7 +28,9 @@ def open_store(
 ) -> Engine:
     """Open a store of blocks; with mode "a" for writing, and a new one if there is none.
 
-    path      a folder
+    path      a folder; or the URL of a store that others keep, as text: postgresql://user@host/database?store=NAME (see
+              `bmojo.memory.engines.pgvector`), lancedb://FOLDER, lancedb+s3://BUCKET/NAME (see `...lancedb`); these
+              have no `engine`, `publish` at once, and are as safe from a power failure as they are set up to be
     meta      what its blocks must fit: kept in a new store, compared with that of one that is there
     engine    of a new store: "lmdb" (the default), or "sqlite" (the default where lmdb isn't installed)
     mode      "r" or "a"; any number of processes may read while one writes
@@ -46,6 +48,19 @@ def open_store(
         raise StoreError(f"unknown sync {sync!r}; {nearest(sync, SYNC)}")
     if engine is not None and engine not in LOCAL:
         raise StoreError(f"unknown engine {engine!r}; {nearest(engine, LOCAL)}")
+    scheme = str(path).partition("://")[0] if "://" in str(path) else ""
+    if scheme and engine is not None:
+        raise StoreError(f"engine={engine!r} is for a folder; the URL {scheme}://... says itself which one it is")
+    if scheme in ("postgresql", "postgres"):
+        from bmojo.memory.engines.pgvector import open_pgvector
+
+        return open_pgvector(str(path), meta, mode)
+    if scheme.startswith("lancedb"):
+        from bmojo.memory.engines.lancedb import open_lancedb
+
+        return open_lancedb(str(path), meta, mode)
+    if scheme:
+        raise StoreError(f"no store can be opened by {scheme}://; {nearest(scheme, ['postgresql', 'lancedb'])}")
     from bmojo.memory.engines.local import LocalEngine, Manifest, make_store
 
     folder = Path(path)

@@ -11,6 +11,7 @@ used again.
 from __future__ import annotations
 
 import difflib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from threading import RLock
@@ -156,7 +157,7 @@ def _is_unicode(text: str) -> bool:
 
 def check_meta(stored: dict[str, Any], given: dict[str, Any] | None, where: str) -> None:
     """Raises StoreError that tells what differs, unless `given` (None: anything) is what the store was made with."""
-    if given is None or stored == given:
+    if given is None or stored == (given := json.loads(json.dumps(given))):  # in JSON, tuples are lists
         return
     names = sorted(name for name in stored.keys() | given.keys() if stored.get(name) != given.get(name))
     told = "; ".join(f"{name}: the store has {stored.get(name)!r}, asked for {given.get(name)!r}" for name in names)
@@ -172,6 +173,13 @@ def no_blocks(missing: Iterable[int]) -> StoreError:
     return StoreError(f"the store has no blocks {sorted(set(missing))} (any more): deleted, or of another store")
 
 
+def best_blocks(score: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the best keys of the `count` blocks with the best ones, in order; of scores [m] and blocks [m]."""
+    order = np.lexsort((-owner, -score))
+    _, first = np.unique(owner[order], return_index=True)
+    return order[np.sort(first)[:count]]
+
+
 def rank_blocks(keys: np.ndarray, owner: np.ndarray, queries: np.ndarray, count: int) -> Found:
     """The definition of `Engine.search`: exact, over keys [m, dim] of the blocks `owner` int64 [m]."""
     scores = queries.astype(np.float32) @ keys.astype(np.float32).T
@@ -179,9 +187,7 @@ def rank_blocks(keys: np.ndarray, owner: np.ndarray, queries: np.ndarray, count:
         np.full((len(queries), count), -np.inf, np.float32), np.full((len(queries), count), -1, dtype=np.int64)
     )
     for row, score in enumerate(scores):
-        order = np.lexsort((-owner, -score))
-        _, first = np.unique(owner[order], return_index=True)
-        best = order[np.sort(first)[:count]]
+        best = best_blocks(score, owner, count)
         result.score[row, : len(best)], result.id[row, : len(best)] = score[best], owner[best]
     return result
 
