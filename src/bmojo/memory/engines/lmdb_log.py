@@ -16,7 +16,8 @@ from bmojo.files import optional_module
 from bmojo.memory.engines.log import CHUNK, LAST, TABLES, Log, Row
 
 MAP_SIZE = 1 << 40  # of addresses; the file is as large as what is in it
-RESIDENT = 64 << 20  # bytes read from the map before its pages are let go
+RESIDENT = 64 << 20  # bytes of the map, by estimate, before its pages are let go
+AROUND = 16  # pages that Linux maps for each that is read
 _open: dict[str, tuple[Any, int]] = {}  # LMDB must open a file only once a process: environment and users by path
 _open_lock = threading.Lock()
 
@@ -106,7 +107,7 @@ class LMDBLog(Log):
 
     def _let_go(self, size: int) -> None:
         """Once in a while give back the pages of the map, which else stay with the process as long as memory lasts."""
-        self._read += size
+        self._read += size * AROUND
         if self._read > RESIDENT and sys.platform == "linux":
             self._read = 0
             libc = ctypes.CDLL(None)

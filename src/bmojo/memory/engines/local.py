@@ -152,6 +152,11 @@ def read_keys(value: bytes, dim: int) -> tuple[int, np.ndarray]:
     return number, np.frombuffer(value, "<f2", offset=8).reshape(-1, dim)
 
 
+def in_tables(rows: list[Row]) -> list[Row]:
+    """Table by table: so entries that are read together lie together in the file."""
+    return sorted(rows, key=lambda row: row[:2])
+
+
 class LocalEngine(Engine):
     """A store in a folder. See `bmojo.memory.engines.open_store`, which makes and opens one."""
 
@@ -267,7 +272,8 @@ class LocalEngine(Engine):
 
     def _write(self, rows: list[Row], changed: dict[int, Source], state: State) -> None:
         try:
-            self._open_log.write([*rows, *(record.row(state.session) for record in changed.values()), state.row()])
+            records = [record.row(state.session) for record in changed.values()]
+            self._open_log.write(in_tables([*rows, *records, state.row()]))
         except BaseException:
             self._state = self._state._replace(session=self._state.session + 1)  # for the ids are given again
             raise
@@ -322,14 +328,27 @@ class LocalEngine(Engine):
             if index is None or index.last < generation:
                 state = State.read(self._open_log)
                 check_search(layer, queries, count, state.dim or None)
-                if index is None:
-                    index = Index(state.dim)
-                    if state.dim:
-                        self._indexes[layer] = index
-                self._take_up(index, layer, min(generation, state.next - 1))
+                if index is None and state.dim:
+                    index = self._indexes[layer] = self._index(layer, state)
+                elif index is None:
+                    index = Index(0)  # of an empty store
+                else:
+                    self._take_up(index, layer, min(generation, state.next - 1))
             else:
                 check_search(layer, queries, count, index.dim)
             return index.search(queries, count, generation=generation, after=after)
+
+    def _index(self, layer: int, state: State) -> Index:
+        path = self.folder / f"index-{_number(self._manifest.log)}-{layer}.faiss"
+        index = Index(state.dim)
+        index.load(path, state.next - 1)
+        index.drop(self._gone)
+        self._take_up(index, layer, state.next - 1)
+        if index.outgrown:
+            index = Index(state.dim)
+            self._take_up(index, layer, state.next - 1)
+        index.invert(path if os.access(self.folder, os.W_OK) else None)
+        return index
 
     def _take_up(self, index: Index, layer: int, generation: int) -> None:
         owner: list[int] = []
@@ -484,9 +503,9 @@ def replace_log(folder: Path, manifest: Manifest, rows: Iterable[Row], state: St
         for row in rows:
             batch.append(row)
             if (size := size + len(row[2])) > COPY:
-                log.write(batch)
+                log.write(in_tables(batch))
                 batch, size = [], 0
-        log.write(batch)
+        log.write(in_tables(batch))
         log.sync()
     finally:
         log.close()

@@ -15,9 +15,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bmojo.errors import StoreError
-from bmojo.memory.engines.block import Block, MAGIC, decode, frame_length, frame_session, unseal
+from bmojo.memory.engines.block import MAGIC, Block, decode, frame_length, frame_session
 from bmojo.memory.engines.local import (
-    IDS, LOGS, SOURCE, Forgotten, Manifest, Source, State, block_rows, clean, lock_writer, read_keys, replace_log,
+    IDS,
+    LOGS,
+    SOURCE,
+    Forgotten,
+    Manifest,
+    Source,
+    State,
+    block_rows,
+    clean,
+    lock_writer,
+    read_keys,
+    replace_log,
 )  # fmt: skip
 from bmojo.memory.engines.log import Log, Raw, Row
 
@@ -165,7 +176,7 @@ def _salvage(
 
     def rows() -> Iterator[Row]:
         tokens: Counter[str] = Counter()
-        for number, piece in sorted(pieces.items()):
+        for _, piece in sorted(pieces.items()):
             block = decode(log.pieces(file, piece.at, piece.length))
             tokens[block.source] += len(block.tokens)
             yield from block_rows(block, records[block.source].number, session)
