@@ -176,7 +176,7 @@ class InvertedPart(Part):
 
     def save(self, path: Path) -> None:
         """To `path` and, checked by it, path.npz: both or none, but for a death of the process between them."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{os.getpid()}.{path.name}")
         try:
             self._faiss.write_index(self._index, str(temporary))
             with open(temporary.with_suffix(".npz"), "wb") as file:
@@ -280,7 +280,10 @@ class Index:
             part = flat.pop(0)
             inverted.add(part.keys, part.owner[: part.rows], part.source[: part.rows])
         if path is not None:
-            inverted.save(path)
+            try:
+                inverted.save(path)
+            except (OSError, RuntimeError) as error:
+                warnings.warn(f"{path} can't be kept ({error}): it is made again at the next opening", stacklevel=2)
 
     def drop(self, sources: Collection[int]) -> None:
         """Forget the keys of these sources."""
