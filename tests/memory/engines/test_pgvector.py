@@ -172,6 +172,24 @@ def test_a_database_without_the_extension(postgres, admin):
     admin.execute(f"drop role {name}")
 
 
+def test_others_read_what_they_are_granted(url, admin, rng):
+    name = url.rpartition("=")[2]
+    with open_pgvector(url, mode="a") as store:
+        store.put(some_blocks(rng, 20))
+    admin.execute(f"create role {name} login")
+    other = url.replace("postgres:@", f"{name}@")
+    with pytest.raises(StoreError, match="permission denied"):
+        open_pgvector(other)
+    admin.execute(f"grant usage on schema {name} to {name}; grant select on all tables in schema {name} to {name}")
+    with open_pgvector(f"{other}&options=-c%20work_mem%3D7MB") as store:
+        assert store.search(0, np.ones((1, 16), np.float32), 9, generation=store.pin()).id.max() >= 0
+        assert len(store.get([0, 1])) == 2
+        assert store.stats()["blocks"] == 20
+        assert store._ask("show work_mem") == [("7MB",)]
+    with pytest.raises(StoreError, match="permission denied"):
+        open_pgvector(other, mode="a").put(some_blocks(rng, 1))
+
+
 def test_stores_of_other_formats(url, admin):
     open_pgvector(url, mode="a").close()
     name = url.rpartition("=")[2]
