@@ -134,8 +134,10 @@ def test_a_writer_that_is_gone_leaves_no_lock(url, admin):
         ("postgresql://nobody@127.0.0.1:nine/db", "invalid"),
         ("postgresql:///db?host=/nowhere/at/all", "at /nowhere/at/all/db: .*No such file"),
         ("postgresql:///db?hots=x", "hots"),
-        ("postgresql://[::1/db", "no URL"),
+        ("postgresql://[::1/db", "can't be read"),
         ("postgresql:///db?index=hsnw", "did you mean 'hnsw'"),
+        ("postgresql:///db?store=" + 32 * "é", "1 to 63 bytes"),
+        ("postgresql:///db?store=", "1 to 63 bytes"),
         ("postgresql:///db?index=hnsw&ef_search=many", "ef_search='many'.* 1 to 1000"),
     ],
 )
