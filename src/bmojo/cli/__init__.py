@@ -42,6 +42,7 @@ VERBS = {
     "eval length": Verb("bmojo.cli.eval_length", "What a model still does on texts longer than it was trained on."),
     "sweep": Verb("bmojo.cli.sweep", "Train models over a grid of settings on a synthetic task.", resumes=True),
     "generate": Verb("bmojo.cli.generate", "Text from a trained model, as it is made."),
+    "remember": Verb("bmojo.cli.remember", "Text into a store, for a model to find again.", resumes=True),
     "convert": Verb("bmojo.cli.convert", "Models of Llama, Mistral, Qwen, Mamba-2 and others in, and back out."),
     "lower": Verb("bmojo.cli.lower", "A training or decode step as a program for XLA (Trainium)."),
     "export": Verb("bmojo.cli.export", "A sharded checkpoint (FSDP) as a model folder."),

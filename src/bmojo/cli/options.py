@@ -27,6 +27,10 @@ Checkpoint = Annotated[Path, typer.Argument(help="A run folder, or its model fol
 TokenizerSpec = Annotated[
     str | None, typer.Option("--tokenizer", help="'bytes' or a .json file; found beside the model if left out.")
 ]
+StorePath = Annotated[
+    str,
+    typer.Option("--store", help="Long-term memory: a folder, postgresql://HOST/DB?store=NAME or lancedb://FOLDER."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -56,8 +60,9 @@ def parse_value(name: str, value: str, kind: str) -> Any:
             return value.lower() == "true"
         case "tuple[str, ...]":
             return tuple(part.strip() for part in value.split(","))
-        case "tuple[float, float]":
-            return tuple(parse_value(name, part, "float") for part in value.split(","))
+        case "tuple[float, float]" | "tuple[int, ...]":
+            inner = kind.removeprefix("tuple[").partition(",")[0]
+            return tuple(parse_value(name, part, inner) for part in value.split(",") if part.strip())
     try:
         return {"int": int, "float": float}[kind](value)
     except (KeyError, ValueError):

@@ -239,7 +239,7 @@ class Index:
             self._each = max(self._each, int(np.unique(owner, return_counts=True)[1].max()))
             self.last = int(owner[-1])
         while len(owner):
-            if not self._parts or self._parts[-1].rows == PART:
+            if not self._parts or not isinstance(self._parts[-1], FlatPart) or self._parts[-1].rows == PART:
                 self._parts.append(NumpyPart(self.dim) if self._faiss is None else FaissPart(self.dim, self._faiss))
             room = PART - self._parts[-1].rows
             self._parts[-1].add(keys[:room], owner[:room], source[:room])
