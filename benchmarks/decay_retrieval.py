@@ -5,14 +5,14 @@
 A model of one attention layer (one head, keys from a short convolution) is trained on the drifting source, 64 keys,
 256 tokens. Then it reads three stretches of 16,384 tokens, of which the middle one drifts (each showing changes its key
 with probability 0.2) and the others stand still; between them all keys change, and half of what is shown is wrong, so
-that one showing is not enough. Its window is 64 tokens, in which a key
-is seldom there again, and its keys go to a store in blocks of 64 tokens. At every fourth question the query of the
-layer finds blocks, 16 of each band of age; the logits of the attention to their tokens, at the distance of a found
-block, are votes for these tokens (the value at a place is the token's own), mixed with a tenth of the model's own
-prediction.
+that one showing is not enough. Its window is 64 tokens, in which a key is seldom there again, and its keys go to a
+store in blocks of 64 tokens. At every fourth question the query of the layer finds blocks, 16 of each band of age; the
+logits of the attention to their tokens, at the distance of a found block, are votes for these tokens (the value at a
+place is the token's own), mixed with a tenth of the model's own prediction.
 
 The 16 blocks attended to, and what their tokens' logits get, by rule: most similar; one half-life; learned, as
-`bmojo.memory.decay` does; the same, with the log-mixture just added; the same, learned from what was attended to alone.
+`bmojo.memory.decay` does; the same, for the choice of blocks, their logits as they are; the same, with the log-mixture
+just added; the same, learned from what was attended to alone.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ BLOCK, WINDOW, COUNT, STRETCH, EVERY, BASE, NOISE = 64, 64, 16, 16_384, 4, 0.1, 
 STRETCHES = {"stands still": 0.0, "drifts": 0.2, "stands still again": 0.0}
 LIVES = DecayPolicy().half_lives
 RULES = ["none", "half-life 1,000", "half-life 300", "half-life 100", "half-life 30", "learned",
-         "learned, added to logits", "learned from what was attended to"]  # fmt: skip
+         "learned, for the choice alone", "learned, added to logits", "learned from what was attended to"]  # fmt: skip
 
 
 def trained(seed: int) -> dict[str, torch.Tensor]:
@@ -138,11 +138,12 @@ def measure(seed: int) -> dict[str, Any]:
                 ranked = similarity + decay.log_mixture((generation - ids)[None], mine)[0]
             best = np.repeat(np.isin(np.arange(len(ids)), np.argsort(-ranked, kind="stable")[:COUNT]), BLOCK)
             found = logits[None, best], ages[None, best]
-            weight = (
-                found[0] + decay.log_mixture(found[1], mine)
-                if rule == "learned, added to logits"
-                else decay.scores(*found, mine)
-            )[0]
+            if rule == "learned, for the choice alone":
+                weight = found[0][0]
+            elif rule == "learned, added to logits":
+                weight = (found[0] + decay.log_mixture(found[1], mine))[0]
+            else:
+                weight = decay.scores(*found, mine)[0]
             votes = np.bincount(tokens[best], np.exp(weight - weight.max()), own.shape[1])
             p = (1 - BASE) * votes / votes.sum() + BASE * np.exp(own[i])
             result = spent[rule]

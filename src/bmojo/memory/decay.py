@@ -113,6 +113,12 @@ class DecayPolicy:
         """The clusters of keys or queries; None if there are none."""
         return clusters_of(keys, self.clusters, self.seed) if self.clusters else None
 
+    def bands(self, generation: int, ids_per_chunk: int = 1) -> list[tuple[int, int]]:
+        """Ids in bands of age that end at the half-lives, newest first, as (after, newest) of each."""
+        ends = [generation - int(h) * ids_per_chunk for h in sorted(self.half_lives) if math.isfinite(h)]
+        edges = [generation, *(end for end in ends if end >= 0), -1]
+        return [(after, newest) for newest, after in pairwise(edges)]
+
     def explores(self, positions: np.ndarray) -> np.ndarray:
         """Which retrievals, by the positions int [...] of their queries, ignore decay: the same in every replay."""
         return _hash(self.seed, positions) < np.uint64(self.exploration * 2.0**64)
