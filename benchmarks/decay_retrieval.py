@@ -32,8 +32,8 @@ from bmojo.config import ModelConfig
 from bmojo.data.synthetic import EVALUATION, NO_ANSWER, make_task
 from bmojo.figures import make_picture, new_figure, write_pictures
 from bmojo.files import write_whole
-from bmojo.memory.decay import Decay, DecayPolicy, Reranked, rate_losses, reranked
-from bmojo.memory.engines import Block
+from bmojo.memory.decay import Decay, DecayPolicy, rate_losses
+from bmojo.memory.engines import Block, Engine, Found
 from bmojo.memory.engines.engine import MemoryEngine
 from bmojo.ops.rope import rope_table, rotate
 from bmojo.sweep.report import T95
@@ -100,6 +100,15 @@ def read(weights: dict[str, torch.Tensor], tokens: np.ndarray) -> tuple[np.ndarr
     return q, turned(seen["k_proj"], place), F.log_softmax(logits.float(), -1).numpy()
 
 
+def candidates(engine: Engine, queries: np.ndarray, generation: int) -> Found:
+    """Among these, the blocks that `reranked` gives for any weights: the COUNT most similar of each band of age."""
+    bands = [
+        engine.search(0, queries, COUNT, generation=newest, after=after)
+        for after, newest in DecayPolicy().bands(generation)
+    ]
+    return Found(*(np.concatenate(part, 1) for part in zip(*bands, strict=True)))
+
+
 def measure(seed: int) -> dict[str, Any]:
     """By rule: bits, right, stale [questions]; and the half-life of the learned one at each."""
     data = stream(seed)
@@ -116,17 +125,17 @@ def measure(seed: int) -> dict[str, Any]:
              (("none", np.inf), *((f"half-life {h:,.0f}", h) for h in LIVES[2:]))}  # fmt: skip
     now = {rule: Decay() for rule in RULES if rule.startswith("learned")}
     spent: dict[str, dict[str, list[float]]] = {rule: {"bits": [], "right": [], "stale": []} for rule in RULES}
-    half_life, neutral = [], Decay(DecayPolicy(clusters=0))
-    found_for = {}
+    half_life: list[float] = []
+    found_for: dict[int, Found] = {}
     for generation in np.unique(asked // BLOCK - 1):
         at = asked[asked // BLOCK - 1 == generation]
-        for i, *row in zip(at, *reranked(engine, 0, q[at], COUNT, int(generation), neutral), strict=True):
-            found_for[i] = Reranked(*row)
+        for i, *row in zip(at, *candidates(engine, q[at], int(generation)), strict=True):
+            found_for[i] = Found(*row)
     for i in asked:
         generation = int(i) // BLOCK - 1
         query, target, old = q[i : i + 1], data["labels"][i], data["stale"][i]
         there = found_for[i].id >= 0
-        ids, similarity = found_for[i].id[there], found_for[i].similarity[there]
+        ids, similarity = found_for[i].id[there], found_for[i].score[there]
         at = (ids[:, None] * BLOCK + np.arange(BLOCK)).ravel()
         logits, tokens, ages = k[at] @ query[0], data["tokens"][at], np.repeat(generation - ids, BLOCK)
         cluster = now["learned"].policy.cluster(query)

@@ -281,7 +281,8 @@ class DriftAlarm:
 
 
 class Reranked(NamedTuple):
-    """As `Found`, by descending score, which is the similarity with decay; all [queries, bands * count]."""
+    """As `Found`, by descending score, which is the similarity with decay; all [queries, count]. The difference of the
+    two is to be added to the logits of a block's tokens: decay in the choice alone is not enough (docs/decay.md)."""
 
     score: np.ndarray
     id: np.ndarray
@@ -299,15 +300,12 @@ def reranked(
     positions: np.ndarray | None = None,
     ids_per_chunk: int = 1,
 ) -> Reranked:
-    """Blocks for each of the queries [n, dim], ranked with decay: the first `count` are those to attend to.
+    """The `count` blocks of highest score, decay included, for each of the queries [n, dim].
 
     Blocks are searched in bands of age that end at the half-lives, the `count` most similar of each, and scored
-    together by `Decay.scores` with the weights of the queries' clusters. The first `count` are exact where no band
-    holds more blocks than that. Else a block may be missed for one of its band that is older but more similar, and the
-    scores are those among what was found.
-
-    All that was found is given, because the losses that decay learns from must be taken of all of it: among what decay
-    has left over, no half-life would be wrong.
+    together by `Decay.scores` with the weights of the queries' clusters. Exact where no band holds more than `count`
+    blocks. Else a block may be missed for one of its band that is older but more similar, and scores are those among
+    what was found.
 
     positions int [n]: of the queries; those that `DecayPolicy.explores` names are ranked by similarity alone.
     ids_per_chunk: how many ids a chunk uses up: the layers with storage.
@@ -319,7 +317,7 @@ def reranked(
     score = decay.scores(similarity, (generation - ids) // ids_per_chunk, decay.policy.cluster(queries))
     if positions is not None:
         score = np.where(decay.policy.explores(positions)[:, None], similarity, score)
-    order = np.lexsort((-ids, -score), axis=1)
+    order = np.lexsort((-ids, -score), axis=1)[:, :count]
     score, ids, similarity = (np.take_along_axis(array, order, 1) for array in (score, ids, similarity))
     return Reranked(score.astype(np.float32), ids, similarity)
 
