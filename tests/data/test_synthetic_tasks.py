@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 
 from bmojo.data.synthetic import EVALUATION, MAD_HARDER, NO_ANSWER, TASKS, make_task, task_record
-from bmojo.data.synthetic.task import distinct, previous
+from bmojo.data.synthetic.task import distinct, previous, text_bytes
 from bmojo.errors import DataError
 
 SMALL = {
@@ -20,8 +21,14 @@ SMALL = {
     "selective_copying": {"length": 48, "copies": 9},
     "needle": {"length": 160, "digits": 3},
     "phone_book": {"length": 100, "digits": 3, "first_names": 5, "last_names": 4},
+    "lookup": {"length": 300, "facts": 3, "digits": 3, "form": "documents"},
     "induction": {"length": 33},
     "drift": {"length": 128, "keys": 4, "hazard": 0.4},
+}
+LOOKUPS = {
+    "needle": rb"\nThe number of (\w{6}) is #(\d+)\.\n",
+    "phone_book": rb"\n(\w{6}) (\w{6}) has number #(\d+)\.\n",
+    "documents": rb"\nIn (\w{6}), the number of (\w{6}) is #(\d+)\.\n",
 }
 NUMBERS = [0, 7, EVALUATION + 3]
 
@@ -90,6 +97,23 @@ def needle_solver(task, row):
     return {asked + i: (text[fact + i], asked - fact) for i in range(task.digits)}
 
 
+def lookup_solver(task, row):
+    sentence = LOOKUPS[task.form]
+    stated, answers = {}, {}
+    for found in re.finditer(sentence, bytes(row.tolist())):
+        *names, number = found.groups()
+        if tuple(names) in stated:
+            place, value = stated.pop(tuple(names))
+            at = found.start(len(names) + 1)
+            assert value == number
+            first = found.end(len(names)) - at if task.early else 0
+            answers |= {at - 1 + i: (number[max(i, 0)], at - 1 + min(i, 0) - place) for i in range(first, task.digits)}
+        else:
+            stated[tuple(names)] = found.start(len(names) + 1), number
+    assert not stated
+    return answers
+
+
 def phone_book_solver(task, row):
     entry, end = task.digits + 2, list(row).index(task.vocab_size - 2)
     start = list(row < task.vocab_size - 2).index(True)
@@ -126,6 +150,7 @@ SOLVERS = {
     "selective_copying": copying_solver,
     "needle": needle_solver,
     "phone_book": phone_book_solver,
+    "lookup": lookup_solver,
     "induction": induction_solver,
     "drift": drift_solver,
 }
@@ -295,6 +320,43 @@ def test_needles_in_another_tokenizer():
         make_task("needle", length=20, text_vocab=128 * 128, encode=encode)
 
 
+@pytest.mark.parametrize("form", LOOKUPS)
+def test_lookups_in_each_form(form):
+    task = make_task("lookup", length=1200, facts=12, form=form)
+    check_answers(task, lookup_solver, 0, rows=5)
+    check_answers(dataclasses.replace(task, early=True), lookup_solver, 0, rows=5)
+    for row in task.batch(0, 5)["tokens"]:
+        names = list(zip(*re.findall(LOOKUPS[form], bytes(row.tolist())), strict=True))[:-1]
+        assert len(set(zip(*names, strict=True))) == 12  # each named by all its names together
+        assert all(len(set(part)) < 12 for part in names) == (form != "needle")  # and by no single one of two
+
+
+@pytest.mark.parametrize("form", LOOKUPS)
+def test_a_haystack_and_all_questions_about_it(form):
+    task = make_task("lookup", length=20_000, facts=40, form=form)
+    asked = task.haystack(0)
+    text = bytes(asked["haystack"].tolist())
+    stated = {tuple(found[:-1]): found[-1] for found in re.findall(LOOKUPS[form], text)}
+    assert len(text) == 20_000
+    assert len(stated) == len(asked["tokens"]) == 40
+    for later, labels, distance in zip(asked["tokens"], asked["labels"], asked["distance"], strict=True):
+        at = (labels != NO_ANSWER).nonzero()[0]
+        ((*names, number),) = re.findall(LOOKUPS[form], bytes(later.tolist()))
+        assert stated[tuple(names)] == number == bytes(labels[at].tolist()) == bytes(later[at + 1].tolist())
+        assert (asked["haystack"][20_000 + at - distance[at]] == labels[at]).all()
+    assert (task.haystack(1)["haystack"] != asked["haystack"]).any()
+
+
+def test_a_haystack_is_text_that_training_never_shows():
+    plain = re.sub(
+        LOOKUPS["needle"], b"", bytes(make_task("lookup", length=3000, facts=1).haystack(3)["haystack"].tolist())
+    )
+    assert len(plain) > 2900
+    assert plain not in bytes(text_bytes())
+    with pytest.raises(DataError, match="length must be at most that of the text there is"):
+        make_task("lookup", length=2**26).haystack(0)
+
+
 def test_names_recur_in_other_names():
     task = make_task("phone_book", length=200, first_names=8, last_names=8)
     for row in task.batch(0, 5)["tokens"]:
@@ -372,6 +434,9 @@ def test_drift_at_its_extremes():
         ("needle", {"length": 30}, "length must be at least 63 for the needle and its question, got 30"),
         ("needle", {"text_vocab": 100}, "text_vocab must be at least 256, got 100"),
         ("needle", {"digits": 0}, "digits must be at least 1, got 0"),
+        ("lookup", {"form": "needles"}, "unknown form 'needles'; did you mean 'needle'"),
+        ("lookup", {"facts": 0}, "facts must be at least 1, got 0"),
+        ("lookup", {"length": 100}, "length must be at least 256 for 4 facts and as many questions, got 100"),
         ("phone_book", {"length": 48}, r"length must be at least 2 \* lookups \* \(digits \+ 2\) \+ 1 \(49\), got 48"),
         ("phone_book", {"first_names": 1}, r"first_names \* last_names must be at least the 81 entries .* got 64"),
         ("phone_book", {"digits": 0}, "digits must be at least 1, got 0"),

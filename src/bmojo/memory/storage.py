@@ -198,13 +198,13 @@ class Mark:
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Mark:
         """The inverse. Raises StateError for what is none of its work."""
         try:
-            facts = json.loads(tensors["facts"].numpy().tobytes())
+            facts = json.loads(tensors["facts"].cpu().numpy().tobytes())
             rows = {name: tuple(facts[name]) for name in cls._ROWS}
             parts: dict[str, dict[int, list[tuple[Block, ...]]]] = {"found": {}, "own": {}}
             for name in sorted(tensors, key=_by_number):
                 kind, *where = name.split(".")
                 if kind in parts:
-                    parts[kind].setdefault(int(where[0]), []).append(_blocks(tensors[name].numpy().tobytes()))
+                    parts[kind].setdefault(int(where[0]), []).append(_blocks(tensors[name].cpu().numpy().tobytes()))
             found, own = ({layer: tuple(all_rows) for layer, all_rows in parts[kind].items()} for kind in parts)
             rings = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in RINGS}
             return cls(generation=facts["generation"], rings=rings, found=found, own=own, **rows)
@@ -266,9 +266,10 @@ class Geometry:
 
     def found_by(self, k: Tensor, score: Tensor | None) -> Tensor:
         """What blocks are found by [..., r, D], from keys [..., block, K, P] not turned, and scores [..., block]."""
-        k = self.turn(k, torch.arange(self.block, device=k.device)).flatten(-2)
+        count = k.shape[-3]
+        k = self.turn(k, torch.arange(count, device=k.device)).flatten(-2)
         if score is None:
-            return torch.stack([part.mean(-2) for part in k.tensor_split(self.keys, -2)], -2)
+            return torch.stack([part.mean(-2) for part in k.tensor_split(min(self.keys, count), -2)], -2)
         index = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., : self.keys]
         return k.gather(-2, index[..., None].expand(*index.shape, k.shape[-1]))
 
@@ -361,6 +362,11 @@ class Storage:
             own={layer: tuple(map(self._with_ids, kept.own)) for layer, kept in self.layers.items()},
         )
 
+    def settle(self) -> None:
+        """Wait until the store has what was handed over; a mark made then tells all about it."""
+        if self.store is not None and self.write:
+            self.store.flush()
+
     def back(self, mark: Mark) -> None:
         """Go back to a mark of this session, to read the same tokens again: what they had handed over is not handed
         over twice. Raises StateError if the mark is of other rows or layers."""
@@ -371,6 +377,7 @@ class Storage:
             )
         self.sources, self.ancestors, self.positions = list(mark.sources), list(mark.ancestors), list(mark.positions)
         self._handed, self.released, self.generation = list(mark.handed), mark.released, mark.generation
+        self._most = [max(counts) for counts in zip(self._most, self._handed, strict=True)]
         self._tokens = mark.rings["tokens"].clone() if "tokens" in mark.rings else None
         for layer, kept in self.layers.items():
             asking, score = (mark.rings.get(f"{name}.{layer}") for name in ("asking", "score"))
@@ -385,13 +392,14 @@ class Storage:
         self.back(mark)
         if self.store is None or not self.write:
             return
-        self.store.flush()
+        self.settle()
         self._most = list(self._handed)
         self._branch([row for row, name in enumerate(self.sources) if self.store.count(name) != self._handed[row]])
 
     def fork(self, *, write: bool = True) -> Storage:
         """A second session that goes on from here. If it hands anything over, that is of another branch."""
         other = Storage(self.config, self.rows, store=self.store, dtype=self.dtype, write=write)
+        self.settle()
         other.restore(self.mark())
         if write and self.store is not None:
             other._branch(range(self.rows))
@@ -535,6 +543,15 @@ class Storage:
         if laid.newest <= min(position) - g.window:
             return laid.k, laid.v, laid.seen
         return laid.k, laid.v, laid.seen & (laid.position <= (at.position - g.window)[:, None])
+
+    def finish(self, state: Sequence[dict[str, Tensor]]) -> None:
+        """A document is at its end: hand over what is left of it, less than a block. `state`: the layers' states."""
+        size = self.config.storage_block
+        for layer in self.layers:
+            k, v = state[layer]["k"], state[layer]["v"]
+            for row, position in enumerate(self.positions):
+                if position % size:
+                    self._make(layer, row, position - 1, k, v)
 
     # finding
     def _far(
@@ -724,10 +741,11 @@ class Storage:
         return made
 
     def _make(self, layer: int, row: int, position: int, k: Tensor, v: Tensor) -> None:
-        """Hand over the block that ends at `position`, out of the window's rings."""
+        """Hand over the block up to `position`, out of the window's rings."""
         g, kept = self.geometry[layer], self.layers[layer]
         assert self._tokens is not None
-        positions = torch.arange(position + 1 - g.block, position + 1, device=k.device)
+        start = position - position % g.block
+        positions = torch.arange(start, position + 1, device=k.device)
         ring, place = positions % g.window, positions % g.block
         block_k = self._rounded(g.turn(k[row, ring], -positions))
         score = None if kept.score is None else kept.score[row, place]

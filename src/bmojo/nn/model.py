@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from bmojo.config import ModelConfig
 from bmojo.errors import CheckpointError, ConfigError
 from bmojo.files import write_whole
+from bmojo.memory.digest import digest
 from bmojo.memory.layout import Layout, make_layout
 from bmojo.memory.state import MemoryState, require_fit
 from bmojo.memory.step import Step
@@ -284,8 +285,8 @@ class BMojoLM(nn.Module):
             raise ConfigError("storage with keep=False is for a whole row at once, got a state; use keep=True")
 
     def with_settings(self, **changes: Any) -> BMojoLM:
-        """The same weights, shared, under other settings: those of storage, say. Raises ConfigError if these weights
-        are not those of such a model."""
+        """The same weights, shared, under other settings: those of storage, say. Raises CheckpointError if
+        these weights are not those of such a model."""
         with torch.device("meta"):
             other = type(self)(self.config.replace(**changes))
         shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
@@ -294,6 +295,10 @@ class BMojoLM(nn.Module):
             mine = self.get_submodule(name)
             module._parameters, module._buffers = mine._parameters, mine._buffers
         return other.train(self.training)
+
+    def fingerprint(self) -> str:
+        """What the weights are known by, 16 hex digits: a memory belongs to the model whose fingerprint it has."""
+        return digest(self.state_dict())[:16]
 
     # checkpoints: a folder with config.json and model.safetensors, or shards and their index
     def save(self, folder: str | os.PathLike) -> None:

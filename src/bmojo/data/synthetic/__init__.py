@@ -14,6 +14,7 @@ from bmojo.data.synthetic.copying import SelectiveCopying
 from bmojo.data.synthetic.drift import Drift
 from bmojo.data.synthetic.fuzzy import FuzzyRecall
 from bmojo.data.synthetic.induction import Induction
+from bmojo.data.synthetic.lookup import Lookup
 from bmojo.data.synthetic.memorization import Memorization
 from bmojo.data.synthetic.mqar import MQAR, ZOOLOGY
 from bmojo.data.synthetic.needle import Needle
@@ -31,6 +32,7 @@ TASKS: dict[str, type[Task]] = {
     "compression": Compression,
     "selective_copying": SelectiveCopying,
     "needle": Needle,
+    "lookup": Lookup,
     "phone_book": PhoneBook,
     "induction": Induction,
     "drift": Drift,

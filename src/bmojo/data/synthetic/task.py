@@ -126,6 +126,11 @@ def excerpts(draw: np.random.Generator, rows: int, length: int, encode: Encode |
     return np.lib.stride_tricks.sliding_window_view(text, length)[start].astype(np.int64)
 
 
+def text_bytes() -> np.ndarray:
+    """All that `excerpts` draws from, as bytes."""
+    return _text(None)
+
+
 @lru_cache(maxsize=2)
 def _text(encode: Encode | None) -> np.ndarray:
     """The first 8 million characters of Python's standard library: real text that every machine has."""

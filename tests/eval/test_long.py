@@ -1,0 +1,83 @@
+"""Long look-ups: what is read once and asked of copies equals reading it anew for every question."""
+
+import numpy as np
+import pytest
+import torch
+
+from bmojo import presets
+from bmojo.data.synthetic import NO_ANSWER, make_task
+from bmojo.errors import ConfigError
+from bmojo.eval.long import Retrieved, Streamed, look_up
+from bmojo.nn.model import BMojoLM
+
+TASK = make_task("lookup", length=3000, facts=6, digits=2)
+SMALL = {"hidden_size": 16, "ssm_head_dim": 8, "num_heads": 2, "intermediate_size": 16, "vocab_size": 256}
+
+
+def small(preset="bmojo", **changes):
+    torch.manual_seed(0)
+    return BMojoLM(presets.get(preset, **{**SMALL, **changes}))
+
+
+@pytest.fixture
+def asked():
+    return {name: torch.from_numpy(values) for name, values in TASK.haystack(0).items()}
+
+
+@pytest.mark.parametrize("preset", ["bmojo", "transformer"])
+@torch.inference_mode()
+def test_questions_are_asked_of_copies_of_one_reading(preset, asked):
+    model = small(preset)
+    streamed = Streamed(model)
+    streamed.read(asked["haystack"])
+    right = streamed.answer(asked["tokens"], asked["labels"])
+    for row, labels, found in zip(asked["tokens"], asked["labels"], right, strict=True):
+        logits, _ = model(torch.cat((asked["haystack"], row))[None])
+        at = labels != NO_ANSWER
+        assert (logits[0, 3000:][at].argmax(-1) == labels[at]).tolist() == found.tolist()
+    sizes = streamed.nbytes()["state"]
+    assert sizes == model(asked["haystack"][None])[1].nbytes
+
+
+@torch.inference_mode()
+def test_plain_retrieval_finds_the_sentence_asked_for(asked):
+    plain = Retrieved(small(), count=2, size=100, step=60)
+    plain.read(asked["haystack"])
+    at = (asked["labels"] != NO_ANSWER).long().argmax(1)
+    prompts, state = plain.prepare(asked["tokens"], at)
+    assert state is None
+    assert prompts.shape[1] == 2 * 100 + asked["tokens"].shape[1]
+    for prompt, row, place in zip(prompts, asked["tokens"], at, strict=True):
+        passage, (fact, answer) = bytes(prompt[100:200].tolist()), row[: place + 3].split((place + 1, 2))
+        name_and_number = b" ".join(bytes([*fact, *answer]).split()[-3:])
+        assert name_and_number in passage
+        assert (prompt[200:] == row).all()
+    assert plain.nbytes()["text"] == 50 * 100
+    assert plain.nbytes()["index"] > 0
+
+
+def test_scores_of_a_look_up():
+    scores = look_up(Streamed(small()), TASK, questions=4, batch_size=3)
+    assert scores["questions"] == 4
+    assert scores == look_up(Streamed(small()), TASK, questions=4, batch_size=1) | {
+        name: scores[name] for name in ("read_us", "answer_us")
+    }
+    low, high = scores["exact_ci95"]
+    assert low <= scores["exact"] <= high
+    assert scores["read_us"] > 0
+
+
+def test_exact_numbers_have_all_digits_right():
+    class Half(Streamed):
+        def answer(self, tokens, labels):
+            return np.array([[True, True], [True, False]] * (len(tokens) // 2))
+
+    scores = look_up(Half(small()), TASK)
+    assert (scores["exact"], scores["digits"]) == (0.5, 0.75)
+
+
+def test_refuses():
+    with pytest.raises(ConfigError, match="vocab_size must be at least the task's 256, got 100"):
+        look_up(Streamed(small(vocab_size=100)), TASK)
+    with pytest.raises(ConfigError, match="the text must hold 4 passages of 2000 bytes, got 3000"):
+        look_up(Retrieved(small(), size=2000, step=2000), TASK)
