@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from bmojo.errors import ConfigError, DataError, StateError
 from bmojo.memory.decay import Decay, DecayPolicy, DriftAlarm, clusters_of, fixed_share, rate_losses, reranked
-from bmojo.memory.engines import Block
+from bmojo.memory.engines import Block, open_store
 from bmojo.memory.engines.engine import MemoryEngine
 
 RATES = DecayPolicy().half_lives
@@ -414,6 +414,19 @@ def test_reranked_equals_brute_force_where_bands_are_not_larger_than_count(block
     assert_array_equal(got.id[:, :width], ids)
     assert_allclose(got.score[:, :width], score, rtol=1e-5)
     assert (got.id[:, width:] == -1).all()
+
+
+def test_on_disk_the_same_is_found_and_the_weights_are_kept(tmp_path):
+    queries, decay = draw(1).normal(size=(4, 8)).astype(np.float32), after(switching(100, 30))
+    memory = store(150)
+    with open_store(tmp_path / "store", mode="a", engine="sqlite", publish=0) as engine:
+        engine.put(list(memory.scan()))
+        engine.note("decay", **decay.to_dict())
+    with open_store(tmp_path / "store") as engine:
+        again = Decay.from_dict({name: engine.sources()["decay"][name] for name in ("policy", "rates", "trust")})
+        got, expected = (reranked(e, 0, queries, 60, 149, d) for e, d in ((engine, again), (memory, decay)))
+        assert_array_equal(got.id, expected.id)
+        assert_allclose(got.score, expected.score, atol=1e-2)  # the index is of half precision
 
 
 def test_reranked_without_decay_is_the_search():
