@@ -391,7 +391,7 @@ def store(blocks: int, dim: int = 8, layers: int = 1) -> MemoryEngine:
 
 def by_hand(engine, layer, queries, count, generation, decay, ids_per_chunk=1):
     """All blocks scored, without bands."""
-    found = engine.search(layer, queries, generation + 1, generation=generation)
+    found = engine.search(layer, queries, max(generation + 1, 1), generation=generation)
     score = decay.scores(found.score, (generation - found.id) // ids_per_chunk, decay.policy.cluster(queries))
     order = np.lexsort((-found.id, -score), axis=1)[:, :count]
     return np.take_along_axis(score, order, 1), np.take_along_axis(found.id, order, 1)
