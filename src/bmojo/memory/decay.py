@@ -101,9 +101,9 @@ class DecayPolicy:
         object.__setattr__(self, "half_lives", tuple(map(float, self.half_lives)))
         if not self.half_lives or not all(h > 0 for h in self.half_lives):
             raise ConfigError(f"half_lives must be one or more positive numbers (inf: never), got {self.half_lives}")
-        for name, top in (("share", 1.0), ("exploration", 1.0), ("negligible", 1.0), ("floor", 1.0)):
-            if not 0 <= getattr(self, name) < top:
-                raise ConfigError(f"{name} must be from 0 to below {top:g}, got {getattr(self, name)}")
+        for name in ("share", "exploration", "negligible", "floor"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 0 or more and below 1, got {getattr(self, name)}")
         if self.clusters < 0 or self.clusters % 2:
             raise ConfigError(f"clusters must be even, 0 or more, got {self.clusters}")
         if not 0 <= self.grace < math.inf:
