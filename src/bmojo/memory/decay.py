@@ -282,7 +282,7 @@ class DriftAlarm:
 
 class Reranked(NamedTuple):
     """As `Found`, by descending score, which is the similarity with decay; all [queries, count]. The difference of the
-    two, where id >= 0, is for the logits of a block's tokens: decay of the choice alone is too little (docs/decay.md)."""
+    two, where id >= 0, is for the logits of a block's tokens: decay of the choice alone is too little."""
 
     score: np.ndarray
     id: np.ndarray
