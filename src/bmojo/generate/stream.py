@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,15 @@ CONTEXT = 16  # tokens before a generated one that its text may depend on
 VERSION = 1
 
 Source = str | bytes | int | Tensor | NDArray[Any] | Iterable[Any]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def plain(function: Callable[P, R]) -> Callable[P, R]:
+    """In any mode of the caller: no gradients, and tensors that calls in another mode may write to."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +121,7 @@ class Stream:
             self._now = dataclasses.replace(self._now, sampling=sampling)
 
     @property
-    @torch.no_grad()
+    @plain
     def state(self) -> MemoryState:
         """What the model remembers after every token of the stream, the last one included; the stream does not change.
 
@@ -184,7 +193,7 @@ class Stream:
             )
         return values.astype(np.int64)
 
-    @torch.no_grad()
+    @plain
     def _append(self, ids: NDArray[np.int64]) -> None:
         if ids.size == 0:
             return
@@ -258,7 +267,7 @@ class Stream:
         token, _ = self._next()
         return None if token in stop_ids else token
 
-    @torch.no_grad()
+    @plain
     def _next(self) -> tuple[int, str]:
         """Choose the next token: it, and the text that it completes."""
         with self._lock:
@@ -302,7 +311,7 @@ class Stream:
         self._ahead = len(now.unread[:count])
         return logits
 
-    @torch.no_grad()
+    @plain
     def _commit(self) -> None:
         """Keep the state that the decoder has come to: after all that was made but the last token."""
         now = self._now
@@ -315,7 +324,7 @@ class Stream:
         self._now = dataclasses.replace(now, state=state, unread=now.unread[-1:])
         self._ahead = 0
 
-    @torch.no_grad()
+    @plain
     def _read_all_but_one(self) -> Snapshot:
         """The stream as a batch takes it: all but the last token read, the last one to be decoded."""
         self._commit()
