@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stream_cases import PROMPT, explains, naive, new_model, same_stream
 
-from bmojo import MemoryState, Stream
+from bmojo import BMojoLM, MemoryState, Stream
 from bmojo.data import ByteTokenizer, train_bpe
 from bmojo.data.documents import Document
 from bmojo.errors import ConfigError, DataError, StateError
@@ -416,6 +416,9 @@ def test_refuses_files(tmp_path, bpe):
     model, path = TEXT_MODELS[256], tmp_path / "stream"
     Stream(model).feed("text").save(path)
     note = MemoryState.load(path).note["stream"]
+    torch.manual_seed(1)
+    with pytest.raises(StateError, match="was made with other weights: their fingerprint is"):
+        Stream.load(path, BMojoLM(model.config))
     for change, message in (
         ({"version": 2}, "has stream format 2, this bmojo reads up to 1; update"),
         ({"version": "x"}, "is damaged"),

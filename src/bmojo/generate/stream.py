@@ -11,6 +11,7 @@ stream is one assignment of a new snapshot: whatever breaks off a call, Ctrl-C t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import itertools
 import os
@@ -18,7 +19,6 @@ import re
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import numpy as np
@@ -30,6 +30,7 @@ from bmojo.data.tokenizers import ByteTokenizer, Held, Tokenizer
 from bmojo.errors import ConfigError, DataError, StateError
 from bmojo.generate.sampling import Sampling
 from bmojo.memory.state import MemoryState, require_fit
+from bmojo.memory.states import FINGERPRINT
 from bmojo.nn.decoder import Decoder
 from bmojo.nn.model import BMojoLM
 
@@ -223,7 +224,7 @@ class Stream:
         between two tokens are in order. Raises DataError at the first token if the stream is empty.
         """
         require_count(max_tokens)
-        return itertools.islice(iter(partial(self._next_id, frozenset(stop_ids)), None), max_tokens)
+        return itertools.islice(iter(functools.partial(self._next_id, frozenset(stop_ids)), None), max_tokens)
 
     def text(
         self, max_tokens: int | None = None, *, stop: str | Collection[str] = (), stop_ids: Collection[int] = ()
@@ -368,7 +369,7 @@ class Stream:
         now = self.snapshot()
         note = {name: getattr(now, name) for name in self._SAVED} | {"sampling": dataclasses.asdict(now.sampling)}
         note |= {"version": VERSION, "tokenizer": None if self.tokenizer is None else self.tokenizer.sha256}
-        dataclasses.replace(now.state, note={"stream": note}).save(path)
+        dataclasses.replace(now.state, note={"stream": note, FINGERPRINT: self._fingerprint}).save(path)
 
     @classmethod
     def load(
@@ -377,14 +378,20 @@ class Stream:
         """What `save` wrote: it goes on bit for bit, in any process. `sampling` changes settings.
 
         A memory that MemoryState.save wrote is a stream all of which was read. Raises StateError for a file that is
-        none, damaged, newer, or of another model or tokenizer.
+        none, damaged, newer, or of another model, weights or tokenizer.
         """
         state = MemoryState.load(path, model.config, device=str(model.embed.weight.device))
-        note = state.note.get("stream")
+        note, theirs = state.note.get("stream"), state.note.get(FINGERPRINT)
         state = dataclasses.replace(state, note={})
-        if note is None:
-            return cls(model, tokenizer, state=state, **sampling)
         stream = cls(model, tokenizer, state=state)
+        if theirs not in (None, stream._fingerprint):
+            raise StateError(
+                f"{path} was made with other weights: their fingerprint is {theirs}, that of this model "
+                f"{stream._fingerprint}; load the model that made it"
+            )
+        if note is None:
+            stream.sampling = Sampling(**sampling)
+            return stream
         try:
             if note["version"] > VERSION:
                 raise StateError(
@@ -411,6 +418,10 @@ class Stream:
             )
         stream.restore(dataclasses.replace(saved, sampling=dataclasses.replace(saved.sampling, **sampling)))
         return stream
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return self.model.fingerprint()
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
