@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 
 from bmojo.errors import ConfigError
-from bmojo.generate.stream import COMMIT, Snapshot, Stream, require_count
+from bmojo.generate.stream import COMMIT, Snapshot, Stream, plain, require_count
 from bmojo.memory.state import MemoryState
 from bmojo.memory.storage import Mark, Storage
 from bmojo.nn.decoder import Decoder
@@ -74,6 +74,7 @@ class _Batch:
     """The streams of `rows`, stacked. A stream's own snapshot tells of the tokens made, so that what breaks off the
     batch leaves all of them in order; the states that it has come to are kept now and then (`commit`)."""
 
+    @plain
     def __init__(self, streams: list[Stream], rows: list[int]) -> None:
         self.streams, self.rows = streams, rows
         self.at: dict[int, Snapshot] = {}  # what each stream was when it was read or chosen here
@@ -95,7 +96,7 @@ class _Batch:
         few = len(live) < len(self.rows) and (not self.decoder.static or 2 * len(live) <= len(self.rows))
         return not few and all(self.streams[row]._now is self.at[row] for row in live)
 
-    @torch.no_grad()
+    @plain
     def step(self, live: set[int]) -> list[int | None]:
         self.whole = False
         last = [self.at[row].unread[-1] for row in self.rows]
@@ -108,6 +109,7 @@ class _Batch:
         self.whole = True
         return tokens
 
+    @plain
     def commit(self) -> None:
         """Keep the states that it has come to."""
         if not self.whole:

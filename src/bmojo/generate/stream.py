@@ -11,6 +11,7 @@ stream is one assignment of a new snapshot: whatever breaks off a call, Ctrl-C t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import itertools
 import os
@@ -19,8 +20,7 @@ import secrets
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from bmojo.data.tokenizers import ByteTokenizer, Held, Tokenizer
 from bmojo.errors import ConfigError, DataError, StateError
 from bmojo.generate.sampling import Sampling
 from bmojo.memory.state import MemoryState, require_fit
+from bmojo.memory.states import FINGERPRINT
 from bmojo.memory.storage import Mark, Storage
 from bmojo.memory.store import Store
 from bmojo.nn.decoder import Decoder
@@ -43,6 +44,15 @@ CONTEXT = 16  # tokens before a generated one that its text may depend on
 VERSION = 1
 
 Source = str | bytes | int | Tensor | NDArray[Any] | Iterable[Any]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def plain(function: Callable[P, R]) -> Callable[P, R]:
+    """In any mode of the caller: no gradients, and tensors that calls in another mode may write to."""
+    return torch.inference_mode(False)(torch.no_grad()(function))
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +144,7 @@ class Stream:
             self._now = dataclasses.replace(self._now, sampling=sampling)
 
     @property
-    @torch.no_grad()
+    @plain
     def state(self) -> MemoryState:
         """What the model remembers after every token of the stream, the last one included; the stream does not change.
 
@@ -206,7 +216,7 @@ class Stream:
             )
         return values.astype(np.int64)
 
-    @torch.no_grad()
+    @plain
     def _append(self, ids: NDArray[np.int64]) -> None:
         if ids.size == 0:
             return
@@ -236,7 +246,7 @@ class Stream:
         between two tokens are in order. Raises DataError at the first token if the stream is empty.
         """
         require_count(max_tokens)
-        return itertools.islice(iter(partial(self._next_id, frozenset(stop_ids)), None), max_tokens)
+        return itertools.islice(iter(functools.partial(self._next_id, frozenset(stop_ids)), None), max_tokens)
 
     def text(
         self, max_tokens: int | None = None, *, stop: str | Collection[str] = (), stop_ids: Collection[int] = ()
@@ -280,7 +290,7 @@ class Stream:
         token, _ = self._next()
         return None if token in stop_ids else token
 
-    @torch.no_grad()
+    @plain
     def _next(self) -> tuple[int, str]:
         """Choose the next token: it, and the text that it completes."""
         with self._lock:
@@ -338,7 +348,7 @@ class Stream:
         self._ahead = len(now.unread[:count])
         return logits
 
-    @torch.no_grad()
+    @plain
     def _commit(self) -> None:
         """Keep the state that the decoder has come to: after all that was made but the last token."""
         now = self._now
@@ -352,7 +362,7 @@ class Stream:
         self._now = dataclasses.replace(now, state=state, stored=self._stored, unread=now.unread[-1:])
         self._ahead = 0
 
-    @torch.no_grad()
+    @plain
     def _read_all_but_one(self) -> Snapshot:
         """The stream as a batch takes it: all but the last token read, the last one to be decoded."""
         self._commit()
@@ -413,7 +423,8 @@ class Stream:
         note = {name: getattr(now, name) for name in self._SAVED} | {"sampling": dataclasses.asdict(now.sampling)}
         note |= {"version": VERSION, "tokenizer": None if self.tokenizer is None else self.tokenizer.sha256}
         extra = {} if now.stored is None else now.stored.to_tensors()
-        dataclasses.replace(now.state, note={"stream": note}, extra=extra).save(path)
+        note = {"stream": note, FINGERPRINT: self._fingerprint}
+        dataclasses.replace(now.state, note=note, extra=extra).save(path)
 
     @classmethod
     def load(
@@ -430,15 +441,21 @@ class Stream:
         goes on with that, given here; where the store has a later part of it than was saved, as a branch.
 
         A memory that MemoryState.save wrote is a stream all of which was read. Raises StateError for a file that is
-        none, damaged, newer, or of another model or tokenizer.
+        none, damaged, newer, or of another model, weights or tokenizer.
         """
         state = MemoryState.load(path, model.config, device=str(model.embed.weight.device))
-        note = state.note.get("stream")
+        note, theirs = state.note.get("stream"), state.note.get(FINGERPRINT)
         stored = Mark.from_tensors(state.extra) if state.extra else None
         state = dataclasses.replace(state, note={}, extra={})
+        stream = cls(model, tokenizer, store=store, write=write) if note else cls(model, tokenizer, state=state)
+        if theirs not in (None, stream._fingerprint):
+            raise StateError(
+                f"{path} was made with other weights: their fingerprint is {theirs}, that of this model "
+                f"{stream._fingerprint}; load the model that made it"
+            )
         if note is None:
-            return cls(model, tokenizer, state=state, **sampling)
-        stream = cls(model, tokenizer, store=store, write=write)
+            stream.sampling = Sampling(**sampling)
+            return stream
         try:
             if note["version"] > VERSION:
                 raise StateError(
@@ -465,6 +482,10 @@ class Stream:
             )
         stream.restore(dataclasses.replace(saved, sampling=dataclasses.replace(saved.sampling, **sampling)))
         return stream
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return self.model.fingerprint()
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -94,6 +94,8 @@ class MemoryState:
         first, *others = states
         for state in others:
             require_same(state.config, first.config)
+            if any(a.keys() != b.keys() for a, b in zip(state.layers, first.layers, strict=True)):
+                raise StateError("of the states some are tracked and some are not; they can't be one batch")
 
         def joined(rows: list[Tensor]) -> Tensor:
             if len({(row.dtype, row.device) for row in rows}) > 1:
