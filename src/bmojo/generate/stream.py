@@ -445,7 +445,7 @@ class Stream:
         """
         state = MemoryState.load(path, model.config, device=str(model.embed.weight.device))
         note, theirs = state.note.get("stream"), state.note.get(FINGERPRINT)
-        stored = Mark.from_tensors(state.extra) if state.extra else None
+        stored = Mark.from_tensors(state.extra, store) if state.extra else None
         state = dataclasses.replace(state, note={}, extra={})
         stream = cls(model, tokenizer, store=store, write=write) if note else cls(model, tokenizer, state=state)
         if theirs not in (None, stream._fingerprint):

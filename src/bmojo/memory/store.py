@@ -65,6 +65,9 @@ class Store:
     death of the process loses none of them. What goes wrong in the background is raised by the next call of either, and
     by all after it: what was acknowledged until then is there, what waited is not.
 
+    A block that its source was given here before, up to the position `end` tells, is not written again: a stream that
+    went back reads some tokens twice.
+
     `last`: the newest id given to a block put here; `deleted`: by source, the newest id that was hidden here, in a
     dictionary that is replaced, not changed.
     """
@@ -75,7 +78,8 @@ class Store:
         self._lock, self._putting, self._closed = threading.Lock(), threading.Lock(), False
         self._pinned, self._looked = engine.pin(), time.monotonic()
         self._read: OrderedDict[int, Block] = OrderedDict()
-        self._queue: queue.Queue[tuple[Block, Callable[[Block, int], None]] | None] = queue.Queue(WAITING)
+        self._ends: dict[str, dict[int, int]] = {}  # by source and layer
+        self._queue: queue.Queue[tuple[Block, Callable[[Block, int], None], bool] | None] = queue.Queue(WAITING)
         self._writer: threading.Thread | None = None
         self._failed: BaseException | None = None
 
@@ -91,7 +95,8 @@ class Store:
         return cls(opened, fingerprint=meta["weights"], publish=publish)
 
     def put(self, block: Block, done: Callable[[Block, int], None]) -> None:
-        """Write a block; then, in the writer's thread, call done(block, id)."""
+        """Write a block, then, in the writer's thread, call done(block, id); if it was written before, with an id that
+        is not lower than the one it was given."""
         with self._putting:
             self._raise()
             if self._closed:
@@ -99,7 +104,19 @@ class Store:
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write, name="bmojo-store-writer", daemon=True)
                 self._writer.start()
-            self._queue.put((block, done))
+            ends = self._ends.setdefault(block.source, {})
+            again = block.start < ends.get(block.layer, 0)
+            self._queue.put((block, done, again))
+            if not again:
+                ends[block.layer] = block.start + len(block.tokens)
+
+    def end(self, source: str) -> int:
+        """The position up to which some layer has put blocks of a source here."""
+        return max(self._ends.get(source, {}).values(), default=0)
+
+    def finish(self, source: str) -> None:
+        """Nothing more will be put of a source."""
+        self._ends.pop(source, None)
 
     def flush(self) -> None:
         """Wait until what was put is in the engine."""
@@ -158,6 +175,7 @@ class Store:
         with self._putting:
             self.flush()
             count = self.engine.delete(source)
+            self.finish(source)
             newest = max(self.last, self.engine.pin())
             with self._lock:
                 self.deleted = {**self.deleted, source: newest}
@@ -202,10 +220,10 @@ class Store:
             work = [item for item in items if item is not None]
             try:
                 if work and self._failed is None:
-                    ids = self.engine.put([block for block, _ in work])
-                    self.last = ids[-1]
-                    for (block, done), number in zip(work, ids, strict=True):
-                        done(block, number)
+                    ids = iter(self.engine.put([block for block, _, again in work if not again]))
+                    for block, done, again in work:
+                        self.last = self.last if again else next(ids)
+                        done(block, self.last)
             except BaseException as error:
                 self._failed = error
             finally:
