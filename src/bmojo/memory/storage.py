@@ -427,7 +427,8 @@ class Storage:
         if self.store is None:
             return
         self.settle()
-        self._drop(lambda block: self._id(block) >= 0 and self.store.get(self._id(block)) is None)
+        get = self.store.get
+        self._drop(lambda block: self._id(block) >= 0 and get(self._id(block)) is None)
         if not self.write:
             return
         self._branch([row for row, name in enumerate(self.sources) if self.store.count(name) != self._handed[row]])
