@@ -93,6 +93,17 @@ def test_saved_and_gone_on_with(store, tmp_path):
         Stream.load(tmp_path / "plain.safetensors", MODEL, store=store)
 
 
+def test_a_name_that_the_store_has_is_another_branch_of_it(store):
+    before = store.engine.sources()["book"]
+    again = Stream(MODEL, store=store, name="book").feed(TOKENS)
+    list(again.generate(2))
+    store.flush()
+    assert store.engine.sources()["book"] == before
+    assert {block.source for kept in again.storage.layers.values() for block in kept.found[0]} == set(
+        again.storage.sources
+    )
+
+
 def test_in_a_batch_as_alone(store):
     lengths = (333, 91, 200, 17)
     found = [expected(store, TOKENS[:n], 80) for n in lengths]

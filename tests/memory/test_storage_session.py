@@ -191,3 +191,101 @@ def test_what_is_refused_changes_nothing():
     with pytest.raises(StateError, match="marked with 2 rows"):
         storage.back(storage_of(model, 2).mark())
     assert torch.equal(model(tokens[:, 43:], state, storage=storage)[0], expected)
+
+
+@torch.no_grad()
+def test_rows_are_sessions_of_their_own():
+    model, tokens = small("bmojo"), draw_tokens(3, 120)
+    logits = []
+    for rows in (["a", "b", "c"], ["a"], ["b"], ["c"]):
+        storage = storage_of(model, len(rows), store=filled(model), sources=rows)
+        mine = tokens[["abc".index(name) for name in rows]]
+        state, found = None, []
+        for part in mine.split([37, 1, 1, 30, 51], 1):
+            out, state = model(part, state, storage=storage)
+            found.append(out)
+        logits.append(torch.cat(found, 1))
+    for row in range(3):  # a row sees what the others hand over in earlier calls only where it is published
+        close(logits[0][row, :37], logits[1 + row][0, :37], 1e-5)
+
+
+@torch.no_grad()
+def test_the_order_in_which_sources_were_stored_does_not_matter():
+    model, tokens, logits = small("bmojo"), draw_tokens(1, 60), []
+    for order in ((1, 2, 3), (3, 1, 2)):
+        store = Store(MemoryEngine(), publish=0)
+        for seed in order:
+            other = storage_of(model, store=store, sources=[f"other {seed}"], find=False)
+            model(
+                torch.randn(1, 40, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)),
+                storage=other,
+            )
+            other.settle()
+        logits.append(model(tokens, storage=storage_of(model, store=store, sources=["a"]))[0])
+    close(logits[1], logits[0], 1e-9)
+
+
+def test_two_threads_with_one_store():
+    """Each, at a generation of its own, reads as if it were alone with what was there."""
+    model = small("bmojo")
+    store = filled(model)
+    pin, results = [(0, store.engine.pin(), (0,))], {}
+
+    @torch.no_grad()
+    def run(name: str, storage: Storage) -> None:
+        state, found = None, []
+        for part in draw_tokens(1, 150, seed=ord(name[0])).split(13, 1):
+            out, state = model(part, state, storage=storage)
+            found.append(out)
+        results[name] = torch.cat(found, 1)
+
+    kept = Store(store.engine, publish=1e9)  # stays at the generation that is there now
+    threads = [
+        threading.Thread(target=run, args=(name, storage_of(model, store=kept, sources=[name]))) for name in "abc"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    kept.flush()
+    for name in "abc":
+        run(f"{name} alone", storage_of(model, store=store, sources=[f"{name} alone"], replay=pin))
+        assert torch.equal(results[name], results[f"{name} alone"])
+        assert store.engine.sources()[name]["blocks"] == 2 * (150 // 8)
+
+
+@torch.no_grad()
+def test_random_actions_on_a_session_equal_a_fresh_one():
+    model, generator = small("bmojo"), torch.Generator().manual_seed(0)
+    store = filled(model)
+    pinned = store.engine.pin()
+    reading = Store(store.engine, publish=1e9)
+
+    def fresh(tokens: torch.Tensor, cut: int) -> torch.Tensor:
+        storage = storage_of(model, store=store, sources=["fresh"], replay=[(0, pinned, (0,))])
+        return model(tokens, storage=storage)[0][:, cut:]
+
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    live = [(storage_of(model, store=reading, sources=["a"]), none, None)]
+    marks = []
+    for _ in range(60):
+        which = int(torch.randint(len(live), (1,), generator=generator))
+        storage, tokens, state = live[which]
+        match int(torch.randint(6, (1,), generator=generator)):
+            case 0:
+                marks.append((which, storage.mark(), tokens, state))
+            case 1 if marks:
+                which, mark, tokens, state = marks[int(torch.randint(len(marks), (1,), generator=generator))]
+                storage = live[which][0]
+                storage.back(mark)
+            case 2 if marks:
+                _, mark, tokens, state = marks[int(torch.randint(len(marks), (1,), generator=generator))]
+                storage.restore(mark)
+            case 3 if len(live) < 4 and state is not None:
+                live.append((storage.fork(write=bool(which % 2)), tokens, state))
+        length = int(torch.randint(1, 20, (1,), generator=generator))
+        part = torch.randint(13, (1, length), generator=generator)
+        logits, state = model(part, state, storage=storage)
+        whole = torch.cat((tokens, part), 1)
+        close(logits, fresh(whole, tokens.shape[1]), 1e-5)
+        live[which] = (storage, whole, state)

@@ -84,7 +84,8 @@ class Stream:
     tokenizer: for text; bytes if left out and the model has 256 tokens. state: a memory of this model, batch size 1, to
     go on from. sampling: the settings of `Sampling`.
     store: a long-term memory of this model, that the stream reads and, with `write`, hands over what it has read to,
-    under its `name` (None: one of its own); see `bmojo.memory.storage`. Other streams with this store find it there.
+    under its `name` (None: one of its own; one that the store has: as another branch of that); see
+    `bmojo.memory.storage`. Other streams with this store find it there.
 
     Any way of cutting what is fed into pieces (of text: at the bounds of tokens) gives the same stream, bit for bit.
     What was generated is part of the stream, a stop that ended it too; `feed` and `generate` go on after it.
@@ -124,6 +125,7 @@ class Stream:
                 raise ConfigError("a stream with a store begins with it: a state that has read tokens can't be given")
             name = f"stream-{secrets.token_hex(4)}" if name is None else name
             self.storage = Storage(model.config, store=store, sources=[name], write=write)
+            self.storage.restore(self.storage.mark())  # as a branch, if the store has that name
             self._stored = self.storage.mark()
         self._now = Snapshot(Sampling(**sampling), state, length=int(state.position), stored=self._stored)
 
