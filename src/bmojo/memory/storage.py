@@ -39,6 +39,7 @@ r keys of a block, D = kv_heads * head_dim, M tokens found (storage_blocks * sto
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import json
@@ -82,14 +83,20 @@ class Own:
         self.blocks.append(block)
         self._keys = None
 
-    def scores(self, asking: np.ndarray) -> list[float]:
-        """Of each block, for tokens asking [n, D]."""
-        if not self.blocks:
-            return []
-        if self._keys is None:
+    def best(self, asking: np.ndarray, before: int, count: int) -> list[tuple[float, Block]]:
+        """The `count` blocks of highest score that start before `before`, for tokens asking [n, D], and any that equal
+        the last."""
+        if self._keys is None and self.blocks:
             self._keys = np.stack([block.keys for block in self.blocks]).astype(asking.dtype)
-        products = asking @ self._keys.reshape(-1, self._keys.shape[-1]).T
-        return products.reshape(len(asking), *self._keys.shape[:2]).max((0, 2)).tolist()
+        until = bisect.bisect_left(self.blocks, before, key=lambda block: block.start)
+        if not until:
+            return []
+        assert self._keys is not None
+        keys = self._keys[:until]
+        score = (asking @ keys.reshape(-1, keys.shape[-1]).T).reshape(len(asking), *keys.shape[:2]).max((0, 2))
+        least = np.partition(score, -count)[-count] if until > count else -np.inf
+        best = np.flatnonzero(score >= least)
+        return [(float(score[i]), self.blocks[i]) for i in best]
 
     def release(self, start: int) -> list[Block]:
         """Forget the blocks that start before `start`: those."""
@@ -612,8 +619,8 @@ class Storage:
         asks = asking.detach().cpu().to(torch.promote_types(asking.dtype, torch.float32)).numpy()
         mine: list[list[tuple[float, int, int, Block | None]]] = []
         for (row, begin), each in zip(strides, asks, strict=True):
-            limit, pairs = begin + g.stride - g.window, zip(own[row].scores(each), own[row].blocks, strict=True)
-            mine.append([(s, 1, block.start, block) for s, block in pairs if block.start < limit])
+            kept = own[row].best(each, begin + g.stride - g.window, g.blocks)
+            mine.append([(score, 1, block.start, block) for score, block in kept])
         want = g.blocks + max(len(own[row].blocks) for row, _ in strides)
         while True:
             theirs = [[]] * len(mine) if self.store is None else self.store.search(layer, asks, want, self.generation)
