@@ -33,7 +33,7 @@ from bmojo import BMojoLM
 from bmojo.convert import convert
 from bmojo.data.tokenizers import FileTokenizer
 from bmojo.files import write_whole
-from bmojo.generate import generate
+from bmojo.generate import Stream
 from bmojo.train.machine import cpu_name
 
 PROMPTS = ("The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at")
@@ -145,8 +145,7 @@ def their_text(model: Any, tokenizer: FileTokenizer, prompt: str, length: int = 
 
 
 def our_text(model: BMojoLM, tokenizer: FileTokenizer, prompt: str, length: int = 40) -> str:
-    ids = tokenizer.encode(prompt).tolist()
-    return tokenizer.decode(list(generate(model, ids, max_new_tokens=length, temperature=0)))
+    return "".join(Stream(model, tokenizer, temperature=0).feed(prompt).text(length))
 
 
 def costs(logits: Tensor, targets: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from cases import any_config
 from hypothesis import given
 
-from bmojo.config import ModelConfig
+from bmojo.config import STORAGE_SIZES, ModelConfig
 from bmojo.errors import BMojoError, ConfigError, nearest
 
 
@@ -127,11 +127,32 @@ def test_unused_settings_are_named():
     assert ModelConfig(pattern=("bmojo",), fading_span=64, eidetic_slots=8).unused == {
         "head_loss_weight",
         "ssm_dt_rank",
+        *STORAGE_SIZES,
     }
     assert ModelConfig(pattern=("ssm",), ssm="s6").unused >= {"ssm_head_dim", "ssm_groups", "ssm_norm_eps"}
     assert "ssm_dt_rank" not in ModelConfig(pattern=("ssm",), ssm="s6").unused
     other = ModelConfig(fading_span=64, eidetic_slots=8, innovation="head", admission="innovation")
-    assert other.unused == {"admission_loss_weight", "innovation_forgetting", "innovation_dim", "ssm_dt_rank"}
+    idle = {"admission_loss_weight", "innovation_forgetting", "innovation_dim", "ssm_dt_rank"}
+    assert other.unused == {*idle, *STORAGE_SIZES}
+    assert other.replace(storage_layers=(-1,)).unused == idle
+
+
+def test_layers_with_storage():
+    config = ModelConfig(num_layers=3, storage_layers=(-1, 0))
+    assert config.storage_layers == (0, 2)
+    assert ModelConfig.from_json(config.to_json()) == config
+    for fields, message in (
+        ({"storage_layers": (3,)}, "must name layers 0 to 2, got 3"),
+        ({"pattern": ("ssm",)}, "layer 0 is 'ssm'"),
+        ({"pattern": ("full",)}, "layer 0 is 'full' without window"),
+        ({"storage_stride": 48}, "storage_stride must divide chunk_size"),
+        ({"storage_stride": 2}, "storage_queries must be at most storage_stride"),
+        ({"storage_block": 96, "window": 128}, "storage_block must divide chunk_size"),
+        ({"storage_block": 128}, "storage_block must be at most the window"),
+        ({"storage_keys": 65}, "storage_keys must be at most storage_block"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ModelConfig(**{"num_layers": 3, "storage_layers": (0,), **fields})
 
 
 def test_a_folder_older_than_learned_admission_keeps_to_innovation():

@@ -16,8 +16,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bmojo import presets
     from bmojo.config import ModelConfig
+    from bmojo.generate import Stream
     from bmojo.hf import BMojoByteTokenizer, BMojoCache, BMojoConfig, BMojoForCausalLM
+    from bmojo.memory.composition import compose
     from bmojo.memory.state import MemoryState
+    from bmojo.memory.states import StateStore
+    from bmojo.memory.storage import Storage
+    from bmojo.memory.store import Store
     from bmojo.nn.mixer import Mixer, Trace
     from bmojo.nn.model import BMojoLM
 
@@ -31,8 +36,13 @@ __all__ = [
     "MemoryState",
     "Mixer",
     "ModelConfig",
+    "StateStore",
+    "Storage",
+    "Store",
+    "Stream",
     "Trace",
     "__version__",
+    "compose",
     "presets",
 ]
 
@@ -45,7 +55,12 @@ _HOME = {
     "MemoryState": "bmojo.memory.state",
     "Mixer": "bmojo.nn.mixer",
     "ModelConfig": "bmojo.config",
+    "StateStore": "bmojo.memory.states",
+    "Storage": "bmojo.memory.storage",
+    "Store": "bmojo.memory.store",
+    "Stream": "bmojo.generate",
     "Trace": "bmojo.nn.mixer",
+    "compose": "bmojo.memory.composition",
 }
 
 

@@ -24,6 +24,7 @@ FADINGS = ("window", "summary")
 POSITIONS = ("true", "compact")
 INNOVATIONS = ("rls", "ema", "state", "head", "random", "recent", "first")
 ADMISSIONS = ("innovation", "learned")
+STORAGE_SIZES = ("storage_block", "storage_keys", "storage_stride", "storage_queries", "storage_blocks")
 
 
 class Parts(NamedTuple):
@@ -92,12 +93,21 @@ class ModelConfig:
     admission_loss_weight: float = 0.1  # of the auxiliary loss that trains learned admission
     eidetic_threshold: float = 0.0  # a token with a lower score is not admitted
     eidetic_decay: float = 1.0  # of scores, per token of age
-    positions: str = "compact"  # of eidetic keys: bounded distances, or "true"
+    positions: str = "compact"  # of eidetic and stored keys: bounded distances, or "true"
+
+    # in-storage memory: what layers hand to a store in blocks, and read again when it is found
+    storage_layers: tuple[int, ...] = ()  # which layers, counted from 0, -1 being the last
+    storage_block: int = 64  # tokens of a block
+    storage_keys: int = 4  # tokens of it that it is found by: those of highest score
+    storage_stride: int = 16  # tokens that share what was found
+    storage_queries: int = 4  # the last tokens before them, which ask
+    storage_blocks: int = 4  # blocks found
 
     def __post_init__(self) -> None:
         if isinstance(self.pattern, str):
             raise ConfigError(f"pattern must be a list of layer kinds, got {self.pattern!r}; use [{self.pattern!r}]")
         object.__setattr__(self, "pattern", tuple(self.pattern))
+        object.__setattr__(self, "storage_layers", tuple(self.storage_layers))
         for name in ("tie_embeddings", "qkv_bias", "qk_norm", "tie_sources"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -111,7 +121,7 @@ class ModelConfig:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "chunk_size",
                      "ssm_expand", "ssm_head_dim", "ssm_state_size", "ssm_groups", "ssm_conv",
-                     "innovation_dim"):  # fmt: skip
+                     "innovation_dim", *STORAGE_SIZES):  # fmt: skip
             self._at_least(name, 1)
         for name in ("intermediate_size", "conv_size", "fading_span", "eidetic_slots", "ssm_dt_rank"):
             self._at_least(name, 0)
@@ -131,6 +141,8 @@ class ModelConfig:
             object.__setattr__(self, "ssm_dt_rank", -(-self.hidden_size // 16))
         self._check_attention()
         self._check_memories()
+        if self.storage_layers:
+            self._check_storage()
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -190,6 +202,35 @@ class ModelConfig:
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be above 0, got {value}")
 
+    def _check_storage(self) -> None:
+        chunk, block, stride = self.chunk_size, self.storage_block, self.storage_stride
+        layers = []
+        for given in self.storage_layers:
+            whole = isinstance(given, int) and not isinstance(given, bool)
+            if not whole or not -self.num_layers <= given < self.num_layers:
+                raise ConfigError(f"storage_layers must name layers 0 to {self.num_layers - 1}, got {given!r}")
+            layers.append(given % self.num_layers)
+            kind = self.kinds[layers[-1]]
+            if kind not in ("attention", "bmojo") or self.window_of(kind) is None:
+                raise ConfigError(
+                    f"storage_layers: layer {layers[-1]} is {kind!r}{'' if kind == 'ssm' else ' without window'}, "
+                    "expected one that reads a window; use a layer of kind 'bmojo' or 'attention', or set window"
+                )
+        object.__setattr__(self, "storage_layers", tuple(sorted(set(layers))))
+        if chunk % stride:
+            raise ConfigError(f"storage_stride must divide chunk_size ({chunk}), got {stride}")
+        if self.storage_queries > stride:
+            raise ConfigError(f"storage_queries must be at most storage_stride ({stride}), got {self.storage_queries}")
+        if chunk % block and block % chunk:
+            raise ConfigError(f"storage_block must divide chunk_size ({chunk}) or be a multiple of it, got {block}")
+        if self.storage_keys > block:
+            raise ConfigError(f"storage_keys must be at most storage_block ({block}), got {self.storage_keys}")
+        assert self.window is not None
+        if block > self.window:
+            raise ConfigError(
+                f"storage_block must be at most the window ({self.window}), or tokens would be in neither, got {block}"
+            )
+
     def _whole_chunks(self, name: str, value: int, *, least: int) -> None:
         chunk = self.chunk_size
         if not isinstance(value, int) or value < least or value % chunk:
@@ -225,9 +266,11 @@ class ModelConfig:
             idle.add("window")
         if not any(part.fading for part in has):
             idle |= {"fading", "tie_sources"}
+        if not self.storage_layers:
+            idle |= set(STORAGE_SIZES)
         if not any(part.eidetic for part in has):
             idle |= {name for name in names if name.startswith(("innovation", "eidetic_", "admission"))}
-            idle = idle - {"eidetic_slots"} | {"positions", "head_loss_weight"}
+            idle = idle - {"eidetic_slots"} | {"head_loss_weight"} | (set() if self.storage_layers else {"positions"})
         for name, read in (
             ("admission_loss_weight", self.admission == "learned"),
             ("head_loss_weight", self.innovation == "head"),
@@ -283,7 +326,7 @@ class ModelConfig:
         return ModelConfig.from_dict({**fields, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "pattern": list(self.pattern)}
+        return {**dataclasses.asdict(self), "pattern": list(self.pattern), "storage_layers": [*self.storage_layers]}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"

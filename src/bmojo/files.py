@@ -40,6 +40,23 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextmanager
+def locked(path: Path, otherwise: str) -> Iterator[None]:
+    """Holds the lock file `path` of one process at a time; the system frees it however its holder ends.
+
+    Raises BMojoError, `otherwise`, if another one holds it.
+    """
+    import fcntl  # not on Windows
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BMojoError(otherwise) from None
+        yield
+
+
+@contextmanager
 def full_disk_told(folder: Path) -> Iterator[None]:
     """Turns the system's word that the disk of `folder` is full into BMojoError."""
     try:

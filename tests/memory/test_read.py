@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import close, draw_tokens, make_model, small_preset
-from reading import CALLS, CHUNK, PACKED, PADDED, TIME, WINDOW, drawn
+from reading import CALLS, CHUNK, PACKED, PADDED, TIME, WINDOW, drawn, held_positions
 from torch.nn.attention import flex_attention as torch_flex
 
 from bmojo.memory import flex, read_cpu
@@ -28,7 +28,7 @@ def read_flex(q, sources, slots, layout, *, usage=False):
 @pytest.mark.parametrize("stride", [1, CHUNK])
 @pytest.mark.parametrize("call", CALLS)
 def test_spans_are_the_masks(call, stride):
-    _, sources, slots, layout = drawn(call, stride)
+    _, sources, _, layout = drawn(call, stride)
     slot = torch.arange(layout.slots)[:, None]
     segment, valid, position = layout.segment_of_slot, layout.valid, layout.position
     for source in sources:
@@ -39,9 +39,10 @@ def test_spans_are_the_masks(call, stride):
         first, last = (z.expand(2, -1) for z in key_spans(layout, source.size, stride, source.nearest, source.span))
         seen = (first[:, None] <= slot) & (slot <= last[:, None])
         assert torch.equal(seen[valid], expected[valid])
-    first, last = slot_spans(slots.position, layout, WINDOW)
+    positions = held_positions(layout)
+    first, last = slot_spans(positions, layout, WINDOW)
     chunk = torch.arange(layout.slots) // CHUNK
-    held = slots.position[:, chunk]  # what each query finds in the slots
+    held = positions[:, chunk]  # what each query finds in the slots
     expected = (held >= 0) & (held <= position[..., None] - WINDOW) & valid[..., None]
     assert torch.equal((first[:, chunk] <= slot) & (slot <= last[:, chunk]), expected)
     assert expected.any()

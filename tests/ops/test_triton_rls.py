@@ -40,7 +40,7 @@ def check(case: str) -> None:
     if case.startswith("continued"):
         few = unit(3)
         A = 1e6 * few.mT @ few
-        M = innovation._prior(A, 0.99)
+        M = innovation.rls_prior(A, 0.99)
         assert torch.linalg.cond(M).min() > 1e4
     options = {"chunk_size": chunk, "forgetting": 0.99, "resets": resets}
     expected = innovation.rls_naive(k, valid, A, M, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bmojo.memory.layout import Layout, make_layout
-from bmojo.memory.read import Slots, Source
+from bmojo.memory.read import Slots, Source, slot_spans
 
 CHUNK, WINDOW, FADING, EACH = 4, 8, 4, 5
 TIME = 21
@@ -21,6 +21,13 @@ CALLS = {
     "packed": {"document_ids": PACKED},
     "all of it": CONTINUED | {"mask": PADDED, "document_ids": PACKED},
 }
+
+
+def held_positions(layout: Layout, scale: int = 1) -> torch.Tensor:
+    """Random positions [2, N, EACH] before each chunk; -1: an empty slot."""
+    place, generator = (2, layout.chunks, EACH), torch.Generator().manual_seed(1)
+    position = torch.randint(-1, 30 * scale, place, generator=generator).to(layout.position.device)
+    return torch.where(position < layout.position[:, :: layout.chunk, None], position, -1)
 
 
 def drawn(
@@ -47,9 +54,6 @@ def drawn(
         Source(*rows(window + layout.slots), window, 1, 0, window),
         Source(*rows(size + layout.slots // stride), size, stride, window, fading),
     ]
-    place = (2, layout.chunks, EACH)
-    k, v = (z.unflatten(1, place[1:]) for z in rows(layout.chunks * EACH))
-    start = layout.position[:, ::chunk, None]
-    position = torch.randint(-1, 30 * scale, place, generator=generator).to(device)
-    slots = Slots(k, v, torch.where(position < start, position, -1), window)
+    k, v = (z.unflatten(1, (layout.chunks, EACH)) for z in rows(layout.chunks * EACH))
+    slots = Slots(k, v, *slot_spans(held_positions(layout, scale), layout, window))
     return normal(layout.slots, heads, key_dim), sources, slots, layout

@@ -322,14 +322,15 @@ def _read(at: Setting, time: int, backward: bool) -> list[Contestant]:
     starts = torch.arange(0, layout.slots, layout.chunk, device=device)[:, None]
     slot = torch.arange(config.eidetic_slots, device=device)
     position = (slot * starts // max(1, config.eidetic_slots)).masked_fill(starts == 0, -1).expand(at.batch, -1, -1)
-    seen = [key_spans(layout, *geometry) for geometry in geometries] + [slot_spans(position, layout, W)]
+    spans = slot_spans(position, layout, W)
+    seen = [key_spans(layout, *geometry) for geometry in geometries] + [spans]
     pairs = sum(int((last - first + 1).clamp(min=0).expand(at.batch, *last.shape[1:]).sum()) for first, last in seen)
     q = heads(layout.slots, count=config.num_heads)
     memories = [heads(n) for n in rows for _ in range(2)] + [heads(layout.chunks, config.eidetic_slots)] * 2
 
     def ours(q: Tensor, *kv: Tensor) -> Tensor:
         sources = [Source(kv[2 * i], kv[2 * i + 1], *geometry) for i, geometry in enumerate(geometries)]
-        return read(q, sources, Slots(kv[-2], kv[-1], position, W), layout)[0]
+        return read(q, sources, Slots(kv[-2], kv[-1], *spans), layout)[0]
 
     enter = partial(_op, at, time=time, backward=backward)
     products = 2 * config.num_heads * config.head_dim * pairs

@@ -1,17 +1,21 @@
-"""`bmojo generate`: text from a trained model, going on from a saved state if there is one."""
+"""`bmojo generate`: text from a trained model, going on from a stream on disk if there is one."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from bmojo.cli.checkpoint import open_checkpoint
+from bmojo.cli.checkpoint import open_model, open_tokenizer
 from bmojo.cli.options import Checkpoint, Seed, Threads, TokenizerSpec, use_threads
 from bmojo.errors import BMojoError, ConfigError, DataError
+from bmojo.files import locked
 
 
 def generate(
@@ -23,41 +27,61 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens of this probability.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many of the most likely tokens.")] = None,
     seed: Seed = 0,
-    state: Annotated[Path | None, typer.Option(help="Write the state here at the end (.safetensors).")] = None,
-    resume_state: Annotated[Path | None, typer.Option(help="Go on from a state that --state wrote.")] = None,
+    stream: Annotated[str | None, typer.Option(help="Keep the stream under this name and go on from it.")] = None,
+    streams_dir: Annotated[
+        Path | None, typer.Option(help="Folder of --stream; default: streams in the model's.")
+    ] = None,
+    state: Annotated[Path | None, typer.Option(help="Write the stream here at the end (.safetensors).")] = None,
+    resume_state: Annotated[Path | None, typer.Option(help="Go on from a stream that --state wrote.")] = None,
     tokenizer: TokenizerSpec = None,
     threads: Threads = None,
 ) -> None:
-    from bmojo.generate import Stream, load_stream_state
+    from bmojo.generate import Stream
 
     if prompt and prompt_file is not None:
         raise ConfigError("--prompt and --prompt-file are two prompts; give one")
+    if stream is not None and (state is not None or resume_state is not None):
+        raise ConfigError("--stream keeps the stream by itself; leave out --state and --resume-state")
+    if stream is None and streams_dir is not None:
+        raise ConfigError("--streams-dir is the folder of --stream; name the stream")
     if state is not None:
         _require_writable(state)
     use_threads(threads)
-    model, codec = open_checkpoint(checkpoint, tokenizer)
-    memory, ids = (None, []) if resume_state is None else load_stream_state(resume_state, model)
-    ids += codec.encode(prompt if prompt_file is None else _read(prompt_file)).tolist()
-    if not ids:
-        if resume_state is not None:
-            raise DataError(f"{resume_state} has read all of its text: give --prompt or --prompt-file to go on from")
-        raise DataError("there is nothing to go on from: give --prompt, --prompt-file or --resume-state")
-    stream = Stream(
-        model,
-        ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        state=memory,
-    )
-    decoder = codec.stream_decoder()
-    for token in stream:
-        print(decoder.push(token), end="", flush=True)
-    print(decoder.flush(), end="\n" if sys.stdout.isatty() else "", flush=True)
-    if state is not None:
-        stream.save(state)
+    model, folder = open_model(checkpoint)
+    codec = open_tokenizer(model, folder, tokenizer)
+    settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    with contextlib.ExitStack() as held:
+        if stream is not None:
+            state = held.enter_context(_kept(streams_dir or folder / "streams", stream))
+            resume_state = state if state.exists() else None
+        if resume_state is None:
+            text = Stream(model, codec, **settings)
+        else:
+            text = Stream.load(resume_state, model, codec, **settings)
+        text.feed(prompt if prompt_file is None else _read(prompt_file))
+        if not text.snapshot().unread:
+            raise DataError("there is nothing to go on from: give --prompt or --prompt-file")
+        try:
+            for piece in text.text(max_new_tokens):
+                print(piece, end="", flush=True)
+            if state is None:
+                print(text.held_back, end="")
+            print(end="\n" if sys.stdout.isatty() else "", flush=True)
+        finally:  # after Ctrl-C, too, the stream holds what was shown
+            if state is not None:
+                text.save(state)
+
+
+@contextlib.contextmanager
+def _kept(folder: Path, name: str) -> Iterator[Path]:
+    """The file of the stream `name`, which no other process uses meanwhile."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ConfigError(f"--stream takes a name of letters, digits, '_', '-' and '.', got {name!r}")
+    path = folder / f"{name}.safetensors"
+    with locked(folder / f".{name}.lock", f"the stream {name!r} in {folder} is in use by another process; try later"):
+        for left in folder.glob(f".{path.name}.*"):  # of a process that was killed while it wrote
+            left.unlink()
+        yield path
 
 
 def _require_writable(state: Path) -> None:

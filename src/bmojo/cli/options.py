@@ -56,8 +56,9 @@ def parse_value(name: str, value: str, kind: str) -> Any:
             return value.lower() == "true"
         case "tuple[str, ...]":
             return tuple(part.strip() for part in value.split(","))
-        case "tuple[float, float]":
-            return tuple(parse_value(name, part, "float") for part in value.split(","))
+        case "tuple[float, float]" | "tuple[int, ...]":
+            inner = kind.removeprefix("tuple[").partition(",")[0]
+            return tuple(parse_value(name, part, inner) for part in value.split(",") if part.strip())
     try:
         return {"int": int, "float": float}[kind](value)
     except (KeyError, ValueError):

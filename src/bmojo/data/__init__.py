@@ -10,6 +10,7 @@ from bmojo.data.store import TextData, TokenStore, prepare, reopen, require_leng
 from bmojo.data.tokenizers import (
     ByteTokenizer,
     FileTokenizer,
+    Held,
     StreamDecoder,
     Tokenizer,
     load_tokenizer,
@@ -23,6 +24,7 @@ __all__ = [
     "ByteTokenizer",
     "Document",
     "FileTokenizer",
+    "Held",
     "PackedRows",
     "StreamDecoder",
     "TextData",

@@ -22,6 +22,9 @@ LEVELS = 3  # runs/compare/NAME/tokenizer.json is that of runs/compare/NAME/text
 _REPLACEMENT = "\ufffd"
 
 
+Held = tuple[tuple[int, ...], int]  # the last tokens, and how many of them were shown
+
+
 class StreamDecoder(Protocol):
     """Tokens one by one to text; what `push` and the final `flush` return, joined, is `decode` of all the ids."""
 
@@ -31,6 +34,11 @@ class StreamDecoder(Protocol):
 
     def flush(self) -> str:
         """What is held back, with U+FFFD for an incomplete character."""
+        ...
+
+    @property
+    def held(self) -> Held:
+        """What the text of the next token depends on."""
         ...
 
 
@@ -50,7 +58,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: ArrayLike) -> str: ...
 
-    def stream_decoder(self) -> StreamDecoder: ...
+    def stream_decoder(self, held: Held = ((), 0)) -> StreamDecoder:
+        """One that goes on where another, of which `held` was taken, stood."""
+        ...
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
@@ -74,19 +84,24 @@ class ByteTokenizer:
             raise DataError(f"byte ids must lie in 0..255, got {values.min()}..{values.max()}")
         return values.astype(np.uint8).tobytes().decode("utf-8", "replace")
 
-    def stream_decoder(self) -> StreamDecoder:
-        return _ByteStream()
+    def stream_decoder(self, held: Held = ((), 0)) -> StreamDecoder:
+        return _ByteStream(held)
 
 
 class _ByteStream:
-    def __init__(self) -> None:
+    def __init__(self, held: Held) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.setstate((bytes(held[0]), 0))
 
     def push(self, id: int) -> str:
         return self._decoder.decode(bytes([id]))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
+
+    @property
+    def held(self) -> Held:
+        return tuple(self._decoder.getstate()[0]), 0
 
 
 class FileTokenizer:
@@ -119,17 +134,16 @@ class FileTokenizer:
     def decode(self, ids: ArrayLike) -> str:
         return self._backend.decode(np.asarray(ids, dtype=np.int64).tolist(), skip_special_tokens=False)
 
-    def stream_decoder(self) -> StreamDecoder:
-        return _PrefixStream(self)
+    def stream_decoder(self, held: Held = ((), 0)) -> StreamDecoder:
+        return _PrefixStream(self, held)
 
 
 class _PrefixStream:
     """Decodes the tokens last shown together with the new ones, as some decoders look at what stands before."""
 
-    def __init__(self, tokenizer: FileTokenizer) -> None:
+    def __init__(self, tokenizer: FileTokenizer, held: Held) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
+        self._ids, self._shown = list(held[0]), held[1]
 
     def push(self, id: int) -> str:
         self._ids.append(id)
@@ -143,6 +157,10 @@ class _PrefixStream:
         text = self._pending()
         self._ids, self._shown = [], 0
         return text
+
+    @property
+    def held(self) -> Held:
+        return tuple(self._ids), self._shown
 
     def _pending(self) -> str:
         """The text of the tokens after the first `_shown`."""

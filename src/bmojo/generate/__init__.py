@@ -1,5 +1,7 @@
-"""Text from a model, one token at a time."""
+"""Streams: text from a model, one token at a time, and into it, for any length."""
 
-from bmojo.generate.stream import Stream, generate, load_stream_state
+from bmojo.generate.batch import generate_batch
+from bmojo.generate.sampling import Sampling
+from bmojo.generate.stream import Snapshot, Stream
 
-__all__ = ["Stream", "generate", "load_stream_state"]
+__all__ = ["Sampling", "Snapshot", "Stream", "generate_batch"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from bmojo.memory.layout import Layout
-from bmojo.memory.read import Slots, Source, key_spans, read_chunked, slot_spans, slot_usage
+from bmojo.memory.read import Slots, Source, key_spans, read_chunked, slot_usage
 
 BLOCK = 128  # of queries and of keys
 NEVER = 2**31 - 1  # the first slot that sees a key that none sees
@@ -77,12 +77,11 @@ def block_mask(sources: Sequence[Source], slots: Slots | None, layout: Layout) -
     """The mask of all queries [L] and keys, with the table of the blocks that need looking at."""
     batch = layout.position.shape[0]
     spans = [layout.once(("whole spans", *s.geometry), partial(_source_spans, s, layout)) for s in sources]
-    each = 0 if slots is None else slots.position.shape[2]
+    each = 0 if slots is None else slots.first.shape[2]
     name = ("blocks", *(s.geometry for s in sources), each)
     mask = copy.copy(layout.once(name, partial(_table, spans, each, layout)))
     if slots is not None:
-        own = slot_spans(slots.position, layout, slots.nearest)
-        spans = [*spans, _whole_blocks(*(z.flatten(1) for z in own))]
+        spans = [*spans, _whole_blocks(slots.first.flatten(1), slots.last.flatten(1))]
     first, last = (z.to(torch.int32) for z in _join(spans, batch))
 
     def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ class Layout:
         return self.segment.shape[1]
 
     @property
+    def positions(self) -> list[int]:
+        """Tokens of each row's document that came before the call, known to the host."""
+        return self.once(("positions",), lambda: (self.position[:, 0] + self.offset).tolist())
+
+    @property
     def resets(self) -> Tensor | None:
         """[B, N] bool: the chunk starts a new document; None if no document starts inside the call."""
         if not self.packed:

@@ -1,8 +1,9 @@
-"""What the queries of a call read: the window, the fading tokens and each chunk's eidetic set, in ONE softmax.
+"""What the queries of a call read: the window, the fading tokens, and what is each chunk's own, in ONE softmax.
 
 Every key is seen by an interval of query slots: entry j of a `Source` by slots [j + nearest, j + nearest + span) of its
-document, a slot of the eidetic set of chunk c by the tokens of chunk c that are `window` or more after it. `key_spans`
-and `slot_spans` give these intervals, which is all that a mask needs.
+document, a slot of the eidetic set of chunk c by the tokens of chunk c that are `window` or more after it, a token from
+storage by those of the stride that it was found for. `key_spans` and `slot_spans` give such intervals, which are all
+that a mask needs.
 
 q [B, L, H, P]; returns o [B, L, H, P of v], and, if `usage` is asked for, the largest weight that any query and head
 gives to each slot [B, N, E], float32 at least, detached. What slots without a token give is finite and means nothing.
@@ -41,13 +42,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Slots:
-    """Keys and values [B, N, E, K, P] of the eidetic set of every chunk, for queries `nearest` or more after them, at
-    positions [B, N, E]; -1: an empty slot."""
+    """Keys and values [B, N, E, K, P] that belong to a chunk each, and the first and last query slot [B, N, E] of the
+    chunk that see them; last < first: none does."""
 
     k: Tensor
     v: Tensor
-    position: Tensor
-    nearest: int
+    first: Tensor
+    last: Tensor
+
+    def join(self, other: Slots) -> Slots:
+        """These, then those, of every chunk."""
+        return Slots(
+            *(torch.cat((getattr(self, name), getattr(other, name)), 2) for name in ("k", "v", "first", "last"))
+        )
 
 
 def key_spans(layout: Layout, size: int, stride: int, nearest: int, span: int) -> tuple[Tensor, Tensor]:
@@ -91,11 +98,9 @@ def read_chunked(
         values.append(blocks(source.v, chunks, chunk // source.stride, back, skip))
         masks.append(layout.reachable(*source.geometry))
     if slots is not None:
-        first, last = slot_spans(slots.position, layout, slots.nearest)
-        query = torch.arange(layout.slots, device=q.device).view(chunks, chunk, 1)
         keys.append(slots.k)
         values.append(slots.v)
-        masks.append((first[:, :, None] <= query) & (query <= last[:, :, None]))
+        masks.append(_slot_mask(slots, layout))
     mask = torch.cat([m.expand(batch, -1, -1, -1) for m in masks], -1).flatten(0, 1)[:, None]
     q = q.unflatten(1, (chunks, chunk)).flatten(0, 1).transpose(1, 2)
     k, v = (torch.cat([z.transpose(2, 3) for z in part], 3).flatten(0, 1) for part in (keys, values))
@@ -111,8 +116,7 @@ def read_naive(
     """The definition: all queries against all keys of the call, masked."""
     parts = [(s.k, s.v, *key_spans(layout, *s.geometry)) for s in sources]
     if slots is not None:
-        spans = slot_spans(slots.position, layout, slots.nearest)
-        parts.append(tuple(z.flatten(1, 2) for z in (slots.k, slots.v, *spans)))  # type: ignore[arg-type]
+        parts.append(tuple(z.flatten(1, 2) for z in (slots.k, slots.v, slots.first, slots.last)))  # type: ignore
     k, v, first, last = (
         torch.cat([z.expand(q.shape[0], *z.shape[1:]) for z in part], 1) for part in zip(*parts, strict=True)
     )
@@ -130,16 +134,20 @@ def read_naive(
 @torch.no_grad()
 def slot_usage(q: Tensor, slots: Slots, layout: Layout, lse: Tensor) -> Tensor:
     """The largest weight of each slot [B, N, E], given the log-sum-exp [B, H, L] of all scores of q [B, H, L, P]."""
-    first, last = slot_spans(slots.position, layout, slots.nearest)
-    query = torch.arange(layout.slots, device=q.device).view(layout.chunks, layout.chunk, 1)
-    mask = (first[:, :, None] <= query) & (query <= last[:, :, None])
+    mask = _slot_mask(slots, layout)
     q, lse = (z.unflatten(2, (layout.chunks, layout.chunk)) for z in (at_least_float32(q), lse))
     k = at_least_float32(slots.k)
-    group, largest = q.shape[1] // k.shape[3], q.new_zeros(slots.position.shape)
+    group, largest = q.shape[1] // k.shape[3], q.new_zeros(slots.first.shape)
     for head in range(q.shape[1]):  # one at a time, for the memory of the scores
         scores = q[:, head] @ k[:, :, :, head // group].mT * q.shape[-1] ** -0.5 - lse[:, head, ..., None]
         largest = torch.maximum(largest, scores.masked_fill(~mask, -torch.inf).exp().amax(2))
     return largest
+
+
+def _slot_mask(slots: Slots, layout: Layout) -> Tensor:
+    """[B, N, chunk, E]: the query sees the slot."""
+    query = torch.arange(layout.slots, device=slots.k.device).view(layout.chunks, layout.chunk, 1)
+    return (slots.first[:, :, None] <= query) & (query <= slots.last[:, :, None])
 
 
 read = dispatched(

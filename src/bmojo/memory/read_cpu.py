@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bmojo.memory.layout import Layout
-from bmojo.memory.read import Slots, Source, key_spans, read_chunked, slot_spans
+from bmojo.memory.read import Slots, Source, key_spans, read_chunked
 from bmojo.ops.native import differentiable_once, load_ops
 
 load_ops("attention_cpu.cpp")
@@ -29,13 +29,13 @@ def read(
     spans = [layout.once(("spans", *s.geometry), partial(key_spans, layout, *s.geometry)) for s in sources]
     geometry = [n for source in sources for n in source.geometry]
     if slots is not None:
-        spans.append(tuple(z.flatten(1) for z in slot_spans(slots.position, layout, slots.nearest)))
-        geometry += [slots.position.shape[2], 0, 0, 0]
+        spans.append((slots.first.flatten(1), slots.last.flatten(1)))
+        geometry += [slots.first.shape[2], 0, 0, 0]
     first, last = ([z.contiguous() for z in part] for part in zip(*spans, strict=True))
     k, v = ([getattr(part, name).flatten(1, -3).contiguous() for part in parts] for name in "kv")
     usage = usage and slots is not None
     o, _, used = torch.ops.bmojo.read_forward(q.contiguous(), k, v, first, last, geometry, layout.chunk, usage)
-    return o, used.detach().view(slots.position.shape) if usage and slots is not None else None
+    return o, used.detach().view(slots.first.shape) if usage and slots is not None else None
 
 
 @torch.library.register_fake("bmojo::read_forward")

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `position`, `document` | - | tokens read of the current document; its id, -1 if never told |
 | `ssm` | [heads, state_size, head_dim]; s6: [state_size, channels] | recurrent state of the SSM |
+| `transition` | ssd: [heads, 1, 1]; s6: as `ssm`; gdn: [heads, state_size, state_size] | of `tracked` states alone |
 | `ssm_conv`, `conv` | [size - 1, channels] | the last inputs of the SSM's convolution, and of the keys' |
 | `k`, `v` | [window, kv_heads, head_dim] | the window, a ring (p at p % window); without one a cache that grows |
 | `fading_k`, `fading_v` | [entries, kv_heads, head_dim] | the fading tokens, a ring |
@@ -48,17 +49,29 @@ def fading_entries(config: ModelConfig) -> int:
     return (config.window + config.fading_span) // config.fading_stride
 
 
+def transition_shape(config: ModelConfig) -> tuple[int, ...]:
+    match config.ssm:
+        case "s6":
+            return config.ssm_state_size, config.ssm_size
+        case "gdn":
+            return config.ssm_heads, config.ssm_state_size, config.ssm_state_size
+    return config.ssm_heads, 1, 1
+
+
 def innovation_dim(config: ModelConfig) -> int:
     return min(config.innovation_dim, config.hidden_size)
 
 
-def layer_spec(config: ModelConfig, kind: str, context: int = 0) -> dict[str, Entry]:
-    """The tensors of a layer's state. `context` counts for an attention layer without a window alone."""
+def layer_spec(config: ModelConfig, kind: str, context: int = 0, *, tracked: bool = False) -> dict[str, Entry]:
+    """The tensors of a layer's state. `context` counts for an attention layer without a window alone; `tracked` states
+    have the transition of the SSM."""
     has = config.parts(kind)
     spec = {"position": Entry((), "integer"), "document": Entry((), "integer")}
     if has.ssm:
         heads = (config.ssm_heads, config.ssm_state_size, config.ssm_head_dim)
         spec["ssm"] = Entry((config.ssm_state_size, config.ssm_size) if config.ssm == "s6" else heads, "exact")
+        if tracked:
+            spec["transition"] = Entry(transition_shape(config), "exact")
         spec["ssm_conv"] = Entry((config.ssm_conv - 1, ssm_channels(config)), "verbatim")
     if not has.attention:
         return spec

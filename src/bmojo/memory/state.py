@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -19,10 +20,12 @@ from torch import Tensor
 from bmojo.config import ModelConfig
 from bmojo.errors import ConfigError, StateError
 from bmojo.files import write_whole
-from bmojo.memory.spec import Entry, layer_spec
+from bmojo.memory.digest import digest
+from bmojo.memory.spec import CACHE_BLOCK, Entry, layer_spec
 
 FORMAT = "bmojo.memory-state"
 VERSION = 1
+EXTRA = "extra."
 DTYPES = {
     "verbatim": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     "exact": (torch.float32, torch.float64),
@@ -35,12 +38,13 @@ class MemoryState:
     """Everything that a model remembers of the tokens so far: one dict of tensors a layer, batch first.
 
     The names of the tensors are documented in `bmojo.memory.spec`. Each method returns a new state.
-    `note` is whatever in JSON the saver wants to find again; no model reads it.
+    `note` is whatever in JSON, and `extra` whatever in tensors, the saver wants to find again; no model reads it.
     """
 
     config: ModelConfig
     layers: tuple[dict[str, Tensor], ...]
     note: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def position(self) -> Tensor:
@@ -84,6 +88,31 @@ class MemoryState:
             raise StateError(f"times must be at least 1, got {times}")
         return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
 
+    @classmethod
+    def cat(cls, states: Sequence[MemoryState]) -> MemoryState:
+        """The rows of all `states`, at least one, of one model and dtype: streams of any lengths in one batch."""
+        first, *others = states
+        for state in others:
+            require_same(state.config, first.config)
+
+        def joined(rows: list[Tensor]) -> Tensor:
+            if len({(row.dtype, row.device) for row in rows}) > 1:
+                raise StateError("states of different dtypes or devices can't be one batch; use state.to")
+            if rows[0].ndim > 1:  # caches that grow are as long as the longest
+                longest = max(row.shape[1] for row in rows)
+                rows = [F.pad(row, (0, 0) * (row.ndim - 2) + (0, longest - row.shape[1])) for row in rows]
+            return torch.cat(rows)
+
+        layers = zip(*(state.layers for state in states), strict=True)
+        return cls(
+            first.config, tuple({name: joined([part[name] for part in layer]) for name in layer[0]} for layer in layers)
+        )
+
+    def split(self) -> list[MemoryState]:
+        """Its rows, each a copy of its own; what `cat` made longer is cut again."""
+        rows = [self.select([row]) for row in range(self.batch_size)]
+        return [_cut_caches(row) for row in rows]
+
     def detach(self) -> MemoryState:
         return self.map(lambda tensor: tensor.detach())
 
@@ -95,9 +124,34 @@ class MemoryState:
 
         layers = []
         for kind, layer in zip(self.config.kinds, self.layers, strict=True):
-            spec = layer_spec(self.config, kind)
+            spec = layer_spec(self.config, kind, tracked=True)
             kept = {name: dtype if spec[name].kind == "verbatim" else None for name in layer}
             layers.append({name: tensor.to(device=device, dtype=kept[name]) for name, tensor in layer.items()})
+        return dataclasses.replace(self, layers=tuple(layers))
+
+    def tracked(self) -> MemoryState:
+        """The empty state, with the transition of each SSM kept beside its state from here on, for `memory.compose`:
+
+            h after a document = A h before it + (h after it from the empty state)
+
+        `transition` is log A where that is diagonal (ssd, s6), and the matrix A for gdn. The same number of tokens, in
+        any calls, with any padding, makes it; a document id may not change on the way.
+        Raises StateError for a state that has read something.
+        """
+        if bool(self.position.any()):
+            raise StateError(
+                f"a state is tracked from its first token on, got one that has read {int(self.position.max())}; "
+                "start from model.empty_state().tracked()"
+            )
+        layers = []
+        for kind, layer in zip(self.config.kinds, self.layers, strict=True):
+            spec, new = layer_spec(self.config, kind, tracked=True), dict(layer)
+            if "transition" in spec:
+                start = layer["ssm"].new_zeros(self.batch_size, *spec["transition"].shape)
+                if self.config.ssm == "gdn":
+                    start = start + torch.eye(start.shape[-1], dtype=start.dtype, device=start.device)
+                new["transition"] = start
+            layers.append(new)
         return dataclasses.replace(self, layers=tuple(layers))
 
     def save(self, path: str | os.PathLike) -> None:
@@ -107,8 +161,9 @@ class MemoryState:
             for i, layer in enumerate(self.layers)
             for name, tensor in layer.items()
         }
+        tensors |= {f"{EXTRA}{name}": tensor.contiguous().clone() for name, tensor in self.extra.items()}
         metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(self.config.to_dict())}
-        metadata["note"] = json.dumps(self.note)
+        metadata |= {"note": json.dumps(self.note), "digest": digest(tensors)}
         write_whole(Path(path), save(tensors, metadata=metadata))
 
     @classmethod
@@ -142,18 +197,24 @@ class MemoryState:
             ) from None
         if config is not None:
             require_same(saved, config)
-        return cls(saved, _layers(tensors, saved, path), note)
+        if metadata.get("digest") not in (None, digest(tensors)):  # states of before have none
+            raise StateError(f"{path} is damaged: its tensors are not those that were saved; save the state again")
+        extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith(EXTRA)}
+        extra = {name.removeprefix(EXTRA): tensor for name, tensor in extra.items()}
+        return cls(saved, _layers(tensors, saved, path), note, extra)
 
 
 def _layers(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tuple[dict[str, Tensor], ...]:
     """The tensors of a state file by layer, or StateError unless they are those of `config`."""
     layers: list[dict[str, Tensor]] = []
-    known = {f"layers.{i}.{name}" for i, kind in enumerate(config.kinds) for name in layer_spec(config, kind)}
+    tracked = any(name.endswith(".transition") for name in tensors)
+    specs = [layer_spec(config, kind, tracked=tracked) for kind in config.kinds]
+    known = {f"layers.{i}.{name}" for i, spec in enumerate(specs) for name in spec}
     if foreign := sorted(tensors.keys() - known):
         raise StateError(f"{path} is damaged: it holds {foreign[0]}, which this model has not; save the state again")
-    for i, kind in enumerate(config.kinds):
+    for i, (kind, spec) in enumerate(zip(config.kinds, specs, strict=True)):
         layer = {}
-        for name, entry in layer_spec(config, kind).items():
+        for name, entry in spec.items():
             tensor = tensors.get(f"layers.{i}.{name}")
             grows = name in ("k", "v") and config.window_of(kind) is None
             shape = None if tensor is None else tuple(tensor.shape[2 if grows else 1 :])
@@ -170,6 +231,17 @@ def _layers(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tupl
     if len({tensor.shape[0] for layer in layers for tensor in layer.values()}) != 1:
         raise StateError(f"{path} is damaged: its tensors differ in batch size; save the state again")
     return tuple(layers)
+
+
+def _cut_caches(row: MemoryState) -> MemoryState:
+    """A state of one row, its caches that grow no longer than they need to be."""
+    size = -(-int(row.position) // CACHE_BLOCK) * CACHE_BLOCK
+    layers = []
+    for kind, layer in zip(row.config.kinds, row.layers, strict=True):
+        grows = row.config.parts(kind).attention and row.config.window_of(kind) is None
+        cut = {name: layer[name][:, :size].clone() for name in ("k", "v")} if grows else {}
+        layers.append(layer | cut)
+    return dataclasses.replace(row, layers=tuple(layers))
 
 
 def require_fit(state: MemoryState, config: ModelConfig, batch: int, dtype: torch.dtype) -> None:

@@ -29,6 +29,11 @@ class Step:
         return self._once("next", lambda: self.position + 1)
 
     @property
+    def positions(self) -> list[int]:
+        """Known to the host."""
+        return self._once("positions", self.position.tolist)
+
+    @property
     def ends_chunk(self) -> Tensor:
         """[B] bool: this token completes its chunk."""
         return self._once("ends", lambda: self.next_position % self.chunk == 0)

@@ -6,6 +6,7 @@ in ONE softmax, to
     window    x_j, j in (i-W, i]                     itself and the W-1 before
     fading    y_j, j in (i-W-F, i-W]                 fading="summary": only the y at the ends of chunks
     eidetic   x_p, p in M_c and p <= i-W             the E tokens of highest score before the chunk
+    storage   the blocks of tokens found for i       if a `bmojo.memory.storage.Storage` is given
 
     position  0 ............................................. i
     eidetic   x   x     x        x            (M_c, at most E)
@@ -23,7 +24,7 @@ The state of a layer is a dict of tensors, batch first: `bmojo.memory.spec` name
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from bmojo.memory.layout import Layout, make_layout
 from bmojo.memory.read import Slots, Source, read, slot_spans
 from bmojo.memory.spec import fading_entries, layer_spec
 from bmojo.memory.step import Step, grow
+from bmojo.memory.storage import Storage
 from bmojo.nn.admission import Admission, usage_loss
 from bmojo.nn.init import KeyConv, Linear, Output, RMSNorm
 from bmojo.nn.innovation import Innovation
@@ -64,7 +66,7 @@ class Trace:
 class Mixer(nn.Module):
     def __init__(self, config: ModelConfig, index: int = 0) -> None:
         super().__init__()
-        self.config, self.kind = config, config.kinds[index]
+        self.config, self.kind, self.index = config, config.kinds[index], index
         self.window = config.window_of(self.kind)
         has = config.parts(self.kind)
         self.has_fading = has.fading
@@ -130,7 +132,9 @@ class Mixer(nn.Module):
         o, state = self.mix(layout.place(x), state, layout, trace)
         return layout.restore(o), state
 
-    def mix(self, x: Tensor, state: State | None, layout: Layout, trace: Trace | None = None) -> tuple[Tensor, State]:
+    def mix(
+        self, x: Tensor, state: State | None, layout: Layout, trace: Trace | None = None, storage: Storage | None = None
+    ) -> tuple[Tensor, State]:
         """The same on a sequence that is laid out already: x [B, L, D]."""
         new: State = {"position": layout.next_position, "document": layout.document}
         y, prediction = None, None
@@ -149,10 +153,12 @@ class Mixer(nn.Module):
         if self.window is None:
             o, part = self._read_everything(q, k, v, state, layout)
         else:
-            o, part = self._read_memories(q, k, v, x, shifted, y, prediction, state, layout, trace)
+            o, part = self._read_memories(q, k, v, x, shifted, y, prediction, state, layout, trace, storage)
         return self.o_proj(o.flatten(-2)), new | part
 
-    def step(self, x: Tensor, state: State, at: Step, trace: Trace | None = None) -> tuple[Tensor, State]:
+    def step(
+        self, x: Tensor, state: State, at: Step, trace: Trace | None = None, storage: Storage | None = None
+    ) -> tuple[Tensor, State]:
         """One token a row: x [B, D] -> o [B, D]."""
         new: State = {"position": at.next_position, "document": at.document}
         y, prediction = None, None
@@ -166,7 +172,7 @@ class Mixer(nn.Module):
             shifted, new["conv"] = self.conv.step(x, at.own(state["conv"]))
         q, table = self._queries(x, at), self._rope(at, x.dtype)
         k, v = self._keys(shifted, x, table)
-        o, part = self._step_attention(q, k, v, x, shifted, y, prediction, state, at, trace)
+        o, part = self._step_attention(q, k, v, x, shifted, y, prediction, state, at, trace, storage)
         return self.o_proj(o.flatten(-2)), new | part
 
     @property
@@ -194,6 +200,10 @@ class Mixer(nn.Module):
             return k
         size = self.config.head_dim
         return nn.functional.pad(k, (size, 0) if fading else (0, size))
+
+    def _plain(self, q: Tensor) -> Tensor:
+        """Of the queries [..., heads, width], what is compared with keys of tokens."""
+        return q[..., : self.config.head_dim] * 2**-0.5 if self.own_sources else q
 
     def _keys(self, shifted: Tensor, x: Tensor, table: Rope, *, fading: bool = False) -> tuple[Tensor, Tensor]:
         """Keys of `shifted`, turned by `table`, and values of `x`."""
@@ -248,15 +258,15 @@ class Mixer(nn.Module):
 
     def _read_memories(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, shifted: Tensor, y: Tensor | None, prediction: Prediction,
-        state: State | None, layout: Layout, trace: Trace | None,
+        state: State | None, layout: Layout, trace: Trace | None, storage: Storage | None,
     ) -> tuple[Tensor, State]:  # fmt: skip
-        """The queries against window, fading tokens and eidetic slots: `bmojo.memory.read`."""
+        """The queries against window, fading tokens, eidetic slots and storage: `bmojo.memory.read`."""
         config = self.config
         W, F, stride = self.window, config.fading_span, config.fading_stride
         assert W is not None
         k, v = (layout.history(None if state is None else state[n], z, W) for n, z in (("k", k), ("v", v)))
         new = {"k": layout.ring(k, W), "v": layout.ring(v, W)}
-        sources, slots = [Source(self._as_compared(k), v, W, 1, 0, W)], None
+        sources, slots, score, held = [Source(self._as_compared(k), v, W, 1, 0, W)], None, None, None
         if self.has_fading:
             assert y is not None
             size = fading_entries(config)
@@ -275,30 +285,35 @@ class Mixer(nn.Module):
             if self.admission is not None:
                 odds = self.admission(x, shifted)
                 score = score * odds.detach().exp()
-            slots, index, part = self._recall(k[:, W:], v[:, W:], score, state, layout)
+            slots, index, held, part = self._recall(k[:, W:], v[:, W:], score, state, layout)
             new |= part
             if trace is not None:
                 trace.innovation.append(layout.restore(score))
                 trace.kept.append(part["slot_position"])
                 if loss is not None:
                     trace.losses.append(config.head_loss_weight * loss)
+        seen = slots
+        if storage is not None and self.index in storage.layers:
+            stored = storage.read(self.index, self._plain(q), k, v, score, held, layout)
+            stored = replace(stored, k=self._as_compared(stored.k))
+            seen = stored if slots is None else slots.join(stored)
         usage = self.admission is not None and trace is not None and odds.requires_grad
-        o, used = read(q, sources, slots, layout, usage=usage)
+        o, used = read(q, sources, seen, layout, usage=usage)
         if used is not None:
             assert slots is not None
             assert trace is not None
-            held = 0 if state is None else config.eidetic_slots
-            here = nn.functional.pad(layout.valid, (held, 0))  # tokens of other calls have no gradient in this one
-            first, last = slot_spans(slots.position, layout, W)
-            visible = (first <= last) & here.gather(1, index.flatten(1)).view_as(index)
-            loss = usage_loss(odds, (index - held).clamp(min=0), used, visible)
+            before = 0 if state is None else config.eidetic_slots
+            here = nn.functional.pad(layout.valid, (before, 0))  # tokens of other calls have no gradient in this one
+            visible = (slots.first <= slots.last) & here.gather(1, index.flatten(1)).view_as(index)
+            used = used[..., : config.eidetic_slots]
+            loss = usage_loss(odds, (index - before).clamp(min=0), used, visible)
             trace.losses.append(config.admission_loss_weight * loss)
         return o, new
 
     def _recall(
         self, k: Tensor, v: Tensor, score: Tensor, state: State | None, layout: Layout
-    ) -> tuple[Slots, Tensor, State]:
-        """Every chunk's eidetic set, where `select` found it [B, N, E], and the new slots.
+    ) -> tuple[Slots, Tensor, Tensor, State]:
+        """Every chunk's eidetic set, where `select` found it and its positions [B, N, E], and the new slots.
 
         `k` [B, L, K, P] is turned by true positions; the slots hold it so, or, for compact positions, turned back.
         """
@@ -347,14 +362,15 @@ class Mixer(nn.Module):
             "slot_position": where,
             "pending": pending * (progress < count),
         }
-        return Slots(self._as_compared(slot_k), slot_v, position, config.window), index, new
+        spans = slot_spans(position, layout, config.window)
+        return Slots(self._as_compared(slot_k), slot_v, *spans), index, position, new
 
     # one token
     def _step_attention(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, shifted: Tensor, y: Tensor | None, prediction: Prediction,
-        state: State, at: Step, trace: Trace | None,
+        state: State, at: Step, trace: Trace | None, storage: Storage | None,
     ) -> tuple[Tensor, State]:  # fmt: skip
-        config = self.config
+        config, score = self.config, None
         if self.window is None:
             new = {name: at.put(at.room(state[name]), at.position, z) for name, z in (("k", k), ("v", v))}
             return attend_rows(q, [new["k"]], [new["v"]], [at.reachable_in_cache(new["k"].shape[1])]), new
@@ -386,6 +402,13 @@ class Mixer(nn.Module):
             if trace is not None:
                 trace.innovation.append(score[:, None])
                 trace.kept.append(new["slot_position"])
+        if storage is not None and self.index in storage.layers:
+            held = state.get("slot_position")
+            found = storage.step(self.index, self._plain(q), new["k"], new["v"], score, held, at)
+            if found is not None:
+                keys.append(self._as_compared(found[0]))
+                values.append(found[1])
+                masks.append(found[2])
         return attend_rows(q, keys, values, masks), new
 
     def _admit(self, score: Tensor, new: State, state: State, at: Step) -> State:

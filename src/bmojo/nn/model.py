@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from bmojo.config import ModelConfig
 from bmojo.errors import CheckpointError, ConfigError
 from bmojo.files import write_whole
+from bmojo.memory.digest import digest
 from bmojo.memory.layout import Layout, make_layout
 from bmojo.memory.state import MemoryState, require_fit
 from bmojo.memory.step import Step
+from bmojo.memory.storage import Storage
 from bmojo.nn.init import Embedding, Head, Linear, Output, RMSNorm
 from bmojo.nn.mixer import Mixer, Trace
 from bmojo.nn.ssm import State
@@ -95,7 +98,12 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config) if has_mlp else None
 
     def forward(
-        self, x: Tensor, state: State | None, at: Layout | Step, traced: bool = False
+        self,
+        x: Tensor,
+        state: State | None,
+        at: Layout | Step,
+        traced: bool = False,
+        storage: Storage | None = None,
     ) -> tuple[Tensor, State, Trace | None]:
         """What goes in and comes out are values, the trace too: a block that is sharded, or computed again for its
         gradients, works on copies of what it is given."""
@@ -103,9 +111,9 @@ class Block(nn.Module):
         normed = self.mixer_norm(x)
         if isinstance(at, Step):
             assert state is not None
-            mixed, state = self.mixer.step(normed, state, at, trace)
+            mixed, state = self.mixer.step(normed, state, at, trace, storage)
         else:
-            mixed, state = self.mixer.mix(normed, state, at, trace)
+            mixed, state = self.mixer.mix(normed, state, at, trace, storage)
         x = x + mixed
         if self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x))  # type: ignore[misc]
@@ -150,6 +158,7 @@ class BMojoLM(nn.Module):
         document_ids: Tensor | None = None,
         donate: bool = False,
         trace: Trace | None = None,
+        storage: Storage | None = None,
     ) -> tuple[Tensor, MemoryState]:
         """Logits [batch, time, vocab_size] for the token after each of `tokens` [batch, time]; the state after them.
 
@@ -157,8 +166,12 @@ class BMojoLM(nn.Module):
         `document_ids` [batch, time]: every change starts a new document, with empty memories.
         `donate`: the state that came in is given up, and its buffers may be reused (decoding loops).
         `trace`: notes innovations, kept positions and auxiliary losses.
+        `storage`: the in-storage memory of these rows, which goes with the state from call to call. Left out, there is
+        none, but in training layers with storage read earlier blocks of their row, among those of all other rows.
         """
-        features, state = self.features(tokens, state, mask=mask, document_ids=document_ids, donate=donate, trace=trace)
+        features, state = self.features(
+            tokens, state, mask=mask, document_ids=document_ids, donate=donate, trace=trace, storage=storage
+        )
         return self.logits(features), state
 
     def features(
@@ -170,6 +183,7 @@ class BMojoLM(nn.Module):
         document_ids: Tensor | None = None,
         donate: bool = False,
         trace: Trace | None = None,
+        storage: Storage | None = None,
     ) -> tuple[Tensor, MemoryState]:
         """What the head reads, [batch, time, hidden_size], and the state: `forward` without the logits.
 
@@ -191,6 +205,11 @@ class BMojoLM(nn.Module):
                 document_ids=document_ids,
             )
             x = self._embed(at.place(tokens))
+        if storage is None and state is None and self.training and self.config.storage_layers:
+            storage = Storage(self.config, tokens.shape[0], distractors=True, keep=False)
+        if storage is not None:
+            self._check_storage(storage, state)
+            storage.begin(tokens, at)
         layers = []
         if trace is not None and trace.hidden is not None:
             trace.hidden.append(_restored(x, at))
@@ -198,7 +217,7 @@ class BMojoLM(nn.Module):
             before = None if state is None else state.layers[i]
             again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
             run = partial(self.checkpoint, block) if again else block
-            x, layer, noted = run(x, before, at, trace is not None)
+            x, layer, noted = run(x, before, at, trace is not None, storage)
             if trace is not None:
                 trace.extend(noted)
             layers.append(layer)
@@ -253,6 +272,33 @@ class BMojoLM(nn.Module):
             raise ConfigError(f"embeddings must be {dtype}, as the model is, got {tokens.dtype}")
         if state is not None:
             require_fit(state, self.config, tokens.shape[0], dtype)
+
+    def _check_storage(self, storage: Storage, state: MemoryState | None) -> None:
+        if storage.config is not self.config and storage.config != self.config:
+            raise ConfigError("the storage was made for another configuration; make it with Storage(model.config)")
+        if storage.keep and self.gradient_checkpointing and self.training:
+            raise ConfigError(
+                "storage that is kept can't be used with gradient checkpointing, which reads everything twice; "
+                "use Storage(keep=False) or turn gradient_checkpointing off"
+            )
+        if not storage.keep and state is not None:
+            raise ConfigError("storage with keep=False is for a whole row at once, got a state; use keep=True")
+
+    def with_settings(self, **changes: Any) -> BMojoLM:
+        """The same weights, shared, under other settings: those of storage, say. Raises CheckpointError if
+        these weights are not those of such a model."""
+        with torch.device("meta"):
+            other = type(self)(self.config.replace(**changes))
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        require_weights(other, shapes, f"{', '.join(changes)}: the weights do not fit such a model")
+        for name, module in other.named_modules():
+            mine = self.get_submodule(name)
+            module._parameters, module._buffers = mine._parameters, mine._buffers
+        return other.train(self.training)
+
+    def fingerprint(self) -> str:
+        """What the weights are known by, 16 hex digits: a memory belongs to the model whose fingerprint it has."""
+        return digest(self.state_dict())[:16]
 
     # checkpoints: a folder with config.json and model.safetensors, or shards and their index
     def save(self, folder: str | os.PathLike) -> None:

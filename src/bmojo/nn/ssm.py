@@ -2,7 +2,9 @@
 
 Each SSM works on a laid-out sequence (`forward`) or on one token (`step`), with its state in a dict of tensors:
 `ssm` [B, heads, state_size, head_dim] (s6: [B, state_size, channels]), float32; `ssm_conv` [B, ssm_conv - 1, channels],
-the inputs of the convolution.
+the inputs of the convolution. A tracked state (`MemoryState.tracked`) also has `transition`, what is left of an older
+`ssm` after the tokens read: its log for ssd [B, heads, 1, 1] and s6 [B, state_size, channels], for gdn the matrix
+[B, heads, state_size, state_size].
 `predict=True` also returns, detached, what the state before each token predicted of it: (value, prediction), both
 [B, L, heads, head_dim], where all channels of s6, which share B and C, are one head.
 Shape suffixes: B batch, L slots, H heads, G groups, N state size, P head dim.
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bmojo.config import ModelConfig
+from bmojo.errors import StateError
 from bmojo.memory.layout import Layout
 from bmojo.memory.step import Step
 from bmojo.nn.init import CausalConv, Linear, Output, RMSNorm
@@ -62,6 +65,20 @@ class FadingMemory(nn.Module):
         mixed = self.conv(extended, layout.position if layout.packed else None, silu=True)
         return mixed, layout.tail(extended, self.conv.lags)
 
+    def _transition(self, state: State | None, at: Layout | Step, *inputs: Tensor) -> State:
+        """The transition after `inputs` [B, L, ...], if the state that came in keeps one."""
+        if state is None or "transition" not in state:
+            return {}
+        if isinstance(at, Layout) and at.packed:
+            raise StateError(
+                "a tracked state is that of one document, got document_ids; "
+                "read each document from a state of its own, or from one that is not tracked"
+            )
+        return {"transition": self._transit(state["transition"], *inputs)}
+
+    def _transit(self, transition: Tensor, *inputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def _convolve_step(self, x: Tensor, state: State, at: Step) -> tuple[Tensor, Tensor]:
         return self.conv.step(x, at.own(state["ssm_conv"]), silu=True)
 
@@ -99,6 +116,10 @@ class SSD(FadingMemory):
             C.unflatten(-1, (self.groups, self.state_size)),
         )
 
+    def _transit(self, transition: Tensor, *inputs: Tensor) -> Tensor:
+        (dt,) = inputs
+        return transition - (dt.sum(1) * at_least_float32(self.A_log).exp())[..., None, None]
+
     def _output(self, scanned: Tensor, x: Tensor, z: Tensor) -> Tensor:
         y = (scanned + self.D[:, None] * x).flatten(-2).to(z.dtype)
         return self.out_proj(self.norm(y * F.silu(z)))
@@ -117,7 +138,8 @@ class SSD(FadingMemory):
         if predict:
             with torch.no_grad():
                 prediction = x, ssd(x, dt, self.A_log, B, _dual(B), exclusive=True, **options)[0]
-        return self._output(scanned, x, z), {"ssm": final, "ssm_conv": tail}, prediction
+        new = {"ssm": final, "ssm_conv": tail} | self._transition(state, layout, dt)
+        return self._output(scanned, x, z), new, prediction
 
     def step(self, u: Tensor, state: State, at: Step, *, predict: bool = False) -> tuple[Tensor, State, Prediction]:
         z, xBC, dt = self._project(u)
@@ -128,7 +150,8 @@ class SSD(FadingMemory):
             unit = repeat_groups(_dual(B), self.heads)
             prediction = x.detach(), (at_least_float32(unit)[..., None, :] @ state["ssm"]).squeeze(-2).detach()
         scanned, h = ssd_decode(x, dt, self.A_log, B, C, state=at.own(state["ssm"]))
-        return self._output(scanned, x, z), {"ssm": h, "ssm_conv": tail}, prediction
+        new = {"ssm": h, "ssm_conv": tail} | self._transition(state, at, dt[:, None])
+        return self._output(scanned, x, z), new, prediction
 
 
 class GatedDeltaNet(FadingMemory):
@@ -160,6 +183,13 @@ class GatedDeltaNet(FadingMemory):
         x = at_least_float32(x).unflatten(-1, (self.groups, self.state_size))
         return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
+    def _transit(self, transition: Tensor, *inputs: Tensor) -> Tensor:
+        """What the rule makes of the columns of `transition` where all values are zero."""
+        k, beta, g = inputs
+        chunk = self.chunk_size if k.shape[1] > 1 else 1
+        none = torch.zeros_like(k)
+        return gated_delta(none, k, none, beta, g, chunk_size=chunk, state=transition)[1]
+
     def _output(self, o: Tensor, z: Tensor) -> Tensor:
         gated = self.norm(o.to(z.dtype)) * F.silu(z.unflatten(-1, (self.heads, self.head_dim)))
         return self.out_proj(gated.flatten(-2))
@@ -182,7 +212,8 @@ class GatedDeltaNet(FadingMemory):
         if predict:
             with torch.no_grad():
                 prediction = v, gated_delta(k, k, v, beta, g, exclusive=True, **options)[0]
-        return self._output(o, z), {"ssm": final, "ssm_conv": tail}, prediction
+        new = {"ssm": final, "ssm_conv": tail} | self._transition(state, layout, k, beta, g)
+        return self._output(o, z), new, prediction
 
     def step(self, u: Tensor, state: State, at: Step, *, predict: bool = False) -> tuple[Tensor, State, Prediction]:
         qkv, z, beta, g = self._project(u)
@@ -192,7 +223,8 @@ class GatedDeltaNet(FadingMemory):
         if predict:
             prediction = v.detach(), (k[..., None, :] @ state["ssm"]).squeeze(-2).detach()
         o, S = gated_delta_decode(q, k, v, beta, g, state=at.own(state["ssm"]))
-        return self._output(o, z), {"ssm": S, "ssm_conv": tail}, prediction
+        new = {"ssm": S, "ssm_conv": tail} | self._transition(state, at, k[:, None], beta[:, None], g[:, None])
+        return self._output(o, z), new, prediction
 
 
 class S6(FadingMemory):
@@ -225,6 +257,10 @@ class S6(FadingMemory):
         low, B, C = self.x_proj(x).split(self.parts, -1)
         return F.softplus(at_least_float32(self.dt_proj(low)) + self.dt_bias), B, C
 
+    def _transit(self, transition: Tensor, *inputs: Tensor) -> Tensor:
+        (dt,) = inputs
+        return transition - dt.sum(1)[:, None] * at_least_float32(self.A_log).exp().T
+
     def _output(self, scanned: Tensor, x: Tensor, z: Tensor) -> Tensor:
         return self.out_proj((scanned + self.D * x).to(z.dtype) * F.silu(z))
 
@@ -243,7 +279,8 @@ class S6(FadingMemory):
             with torch.no_grad():
                 read = s6(x, dt, self.A_log, B, _dual(B), exclusive=True, **options)[0]
                 prediction = x[..., None, :], read[..., None, :]
-        return self._output(scanned, x, z), {"ssm": final, "ssm_conv": tail}, prediction
+        new = {"ssm": final, "ssm_conv": tail} | self._transition(state, layout, dt)
+        return self._output(scanned, x, z), new, prediction
 
     def step(self, u: Tensor, state: State, at: Step, *, predict: bool = False) -> tuple[Tensor, State, Prediction]:
         x, z = self.in_proj(u).chunk(2, -1)
@@ -253,7 +290,8 @@ class S6(FadingMemory):
         if predict:
             prediction = x[:, None].detach(), (at_least_float32(_dual(B))[:, None] @ state["ssm"]).detach()
         scanned, h = s6_decode(x, dt, self.A_log, B, C, state=at.own(state["ssm"]))
-        return self._output(scanned, x, z), {"ssm": h, "ssm_conv": tail}, prediction
+        new = {"ssm": h, "ssm_conv": tail} | self._transition(state, at, dt[:, None])
+        return self._output(scanned, x, z), new, prediction
 
 
 def _dual(B: Tensor) -> Tensor:

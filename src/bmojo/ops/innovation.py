@@ -35,7 +35,7 @@ RLS_CONDITION = 1e5  # the largest condition number of M at the start of a chunk
 def rls_start(batch: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """A and M [batch, dim, dim] before any token."""
     A = torch.zeros(batch, dim, dim, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    return A, _prior(A, 1.0)
+    return A, rls_prior(A, 1.0)
 
 
 def _factor(M: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ leverage = dispatched(
 variances = dispatched(chunked=variances_cholesky, naive=variances_cholesky, fused={"xla": "bmojo.ops.xla:variances"})
 
 
-def _prior(A: Tensor, forgetting: float) -> Tensor:
+def rls_prior(A: Tensor, forgetting: float) -> Tensor:
     """M = g A + rho I [batch, dim, dim]."""
     rho = RLS_RIDGE + A.diagonal(dim1=-2, dim2=-1).sum(-1) / RLS_CONDITION
     return forgetting * A + torch.diag_embed(rho[:, None].expand(-1, A.shape[-1]))
@@ -77,7 +77,7 @@ def rls_step(
     k = at_least_float32(k)
     outer = k[..., :, None] * k[..., None, :]
     share, A = leverage(k, M), forgetting * A + outer
-    return share / (1 + share), A, torch.where(ends_chunk[:, None, None], _prior(A, forgetting), M + outer)
+    return share / (1 + share), A, torch.where(ends_chunk[:, None, None], rls_prior(A, forgetting), M + outer)
 
 
 @exact
@@ -121,7 +121,7 @@ def rls_chunked(
             A, M = torch.where(fresh, start_A, A), torch.where(fresh, start_M, M)
         priors.append(M)
         A = shrink[:, c, None, None] * A + within[:, c]
-        M = torch.where(alive[:, c, -1, None, None], _prior(A, forgetting), M + plain[:, c])
+        M = torch.where(alive[:, c, -1, None, None], rls_prior(A, forgetting), M + plain[:, c])
     return ((1 - 1 / variances(K, torch.stack(priors, 1))).clamp(min=0) * alive).view(batch, time), A, M
 
 

@@ -1,0 +1,831 @@
+"""In-storage memory: a layer hands the tokens that it has read to a store, in blocks, and reads those again that are
+found for it, in the same softmax as its other memories.
+
+    position   0 ........................................ s ............ i
+    blocks     [0, 64) [64, 128) ...                      |
+    stride                                         [s-n,s)[s ... s+stride)
+                                                   ask     read what was found for this stride
+
+A *block* is `storage_block` consecutive tokens of a source (a stream, a document), from a multiple of that on; it is
+handed over when its last token is read. A *stride* is `storage_stride` queries that share what was found: for those
+from s on, the `storage_blocks` blocks of highest score among
+
+- the source's own blocks that ended before s and of which some token is out of the window by the end of the stride;
+- all blocks of other sources in the store, up to the generation that is pinned.
+
+Query i then sees the tokens of these blocks: of its own source those p <= i - window that are not in an eidetic slot
+(so no token is seen twice and, as a block is no longer than the window, none falls between), of others all.
+
+Positions. Keys are kept before their rotation. With positions "compact" every found block stands at the same place,
+right before all else that a query of the chunk can reach: place j of a block of n at start - reach - n + j, where reach
+covers window, fading span and eidetic slots. What a block weighs then depends neither on how many others were found
+nor on its rank. With "true" positions a source's own blocks stand where they were, others as with "compact".
+
+What a block is found by are `storage_keys` of its keys, of the tokens of highest innovation score (that of admission to
+the eidetic slots; without such a test the means of equal parts), each turned by its place j. The `storage_queries` last
+tokens before the stride ask, turned by their distance to where a found block stands. So the inner product of the two,
+over sqrt(head_dim), is the sum over heads of the logits with which token j would be attended to, and a block's score is
+the largest of them, over the tokens that ask and its keys.
+
+In training there is no store: rows read the earlier blocks of their own call, and with `distractors` these compete
+with the earlier blocks of all other rows, as in the Focused Transformer (Tworkowski et al. 2023, arXiv 2307.03170).
+Gradients flow through the keys and values read, not through the choice. After Span-Expanded Attention (Nunez et al.
+2024, arXiv 2412.13328), whose code is not public, InfLLM (arXiv 2402.04617; keys that stand for a block) and
+Memorizing Transformers (arXiv 2203.08913).
+
+Legend: B rows, L slots, W window, C chunk, G strides (L / stride), U places where a block may end, n tokens that ask,
+r keys of a block, D = kv_heads * head_dim, M tokens found (storage_blocks * storage_block).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bmojo.config import ModelConfig
+from bmojo.errors import ConfigError, StateError
+from bmojo.memory.engines import Block, decode, encode
+from bmojo.memory.engines.block import frame_length, with_id
+from bmojo.memory.layout import Layout
+from bmojo.memory.read import Slots
+from bmojo.memory.step import Step
+from bmojo.memory.store import Store
+from bmojo.ops.attention import put
+from bmojo.ops.rope import rope_table, rotate
+
+NOWHERE = -(2**40)  # where a block of another source starts: no window hides it, and no slot holds it
+BRANCH = "@branch-"
+RINGS = ("tokens", "asking", "score")
+Rows = list[list[Block]]
+Pin = tuple[int, int, tuple[int, ...]]
+
+
+class Own:
+    """The blocks of one source and layer that its session keeps by itself, oldest first: those that the pinned
+    generation of the store may lack."""
+
+    def __init__(self, blocks: Sequence[Block] = ()) -> None:
+        self.blocks = list(blocks)
+        self._keys: np.ndarray | None = None
+
+    def append(self, block: Block) -> None:
+        self.blocks.append(block)
+        self._keys = None
+
+    def scores(self, asking: np.ndarray) -> list[float]:
+        """Of each block, for tokens asking [n, D]."""
+        if not self.blocks:
+            return []
+        if self._keys is None:
+            self._keys = np.stack([block.keys for block in self.blocks]).astype(asking.dtype)
+        products = asking @ self._keys.reshape(-1, self._keys.shape[-1]).T
+        return products.reshape(len(asking), *self._keys.shape[:2]).max((0, 2)).tolist()
+
+    def release(self, start: int) -> list[Block]:
+        """Forget the blocks that start before `start`: those."""
+        count = sum(block.start < start for block in self.blocks)
+        gone, self.blocks = self.blocks[:count], self.blocks[count:]
+        self._keys = None if gone else self._keys
+        return gone
+
+
+@dataclass
+class Pool:
+    """Blocks that may be found in a call: k, v [X, block, K, P], keys not turned; int64 [X]: `start` in its source,
+    `owner`, the row whose source that is, -1 if it is another's, and `count` of its tokens."""
+
+    k: Tensor
+    v: Tensor
+    start: Tensor
+    owner: Tensor
+    count: Tensor
+
+    def join(self, other: Pool) -> Pool:
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self))
+        return Pool(*(torch.cat(pair) for pair in pairs))
+
+
+@dataclass
+class Laid:
+    """What was found, as decoding reads it: k, v [B, M, K, P], turned; the position of each token in its own source
+    [B, M], far below 0 if in another; whether it may be seen; the newest position."""
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    seen: Tensor
+    newest: int
+
+
+@dataclass
+class Kept:
+    """What a layer keeps between calls: rings of the tokens that ask [B, n, H * P] and of scores [B, block]; of each
+    row, what was found for its stride, and its own blocks."""
+
+    found: Rows
+    own: list[Own]
+    asking: Tensor | None = None
+    score: Tensor | None = None
+    laid: Laid | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """A session of storage at one moment: what goes with the state of the model. A value, as that is.
+
+    Of each row: the names of its source and of those whose past it shares, up to a position; tokens read; blocks handed
+    to the store under its name; the position from which on the session keeps its own blocks. `rings` holds the last
+    tokens and, of each layer, what its blocks and its questions are made of; `found` and `own`, of each layer and row,
+    the blocks found for the stride it is in, and its own.
+    """
+
+    sources: tuple[str, ...]
+    ancestors: tuple[dict[str, int], ...]
+    positions: tuple[int, ...]
+    handed: tuple[int, ...]
+    released: tuple[int, ...]
+    generation: int
+    rings: dict[str, Tensor]
+    found: dict[int, tuple[tuple[Block, ...], ...]]
+    own: dict[int, tuple[tuple[Block, ...], ...]]
+
+    _ROWS: ClassVar = ("sources", "ancestors", "positions", "handed", "released")
+
+    @classmethod
+    def cat(cls, marks: Sequence[Mark]) -> Mark:
+        """One of all their rows; they are of one model and at least one token old, or none is."""
+        rows = {name: tuple(itertools.chain(*(getattr(mark, name) for mark in marks))) for name in cls._ROWS}
+        rings = {name: torch.cat([mark.rings[name] for mark in marks]) for name in marks[0].rings}
+        found, own = (
+            {layer: tuple(itertools.chain(*(getattr(mark, name)[layer] for mark in marks))) for layer in marks[0].own}
+            for name in ("found", "own")
+        )
+        return cls(generation=max(mark.generation for mark in marks), rings=rings, found=found, own=own, **rows)
+
+    def split(self) -> list[Mark]:
+        """One of each row."""
+        return [
+            Mark(
+                generation=self.generation,
+                rings={name: ring[row : row + 1] for name, ring in self.rings.items()},
+                found={layer: blocks[row : row + 1] for layer, blocks in self.found.items()},
+                own={layer: blocks[row : row + 1] for layer, blocks in self.own.items()},
+                **{name: getattr(self, name)[row : row + 1] for name in self._ROWS},
+            )
+            for row in range(len(self.sources))
+        ]
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """As tensors that a file can hold."""
+        facts = {name: getattr(self, name) for name in (*self._ROWS, "generation")}
+        tensors = {"facts": _bytes(json.dumps(facts).encode()), **self.rings}
+        for name in ("found", "own"):
+            for layer, rows in getattr(self, name).items():
+                for row, blocks in enumerate(rows):
+                    tensors[f"{name}.{layer}.{row}"] = _bytes(b"".join(map(encode, blocks)))
+        return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Mark:
+        """The inverse. Raises StateError for what is none of its work."""
+        try:
+            facts = json.loads(tensors["facts"].cpu().numpy().tobytes())
+            rows = {name: tuple(facts[name]) for name in cls._ROWS}
+            parts: dict[str, dict[int, list[tuple[Block, ...]]]] = {"found": {}, "own": {}}
+            for name in sorted(tensors, key=_by_number):
+                kind, *where = name.split(".")
+                if kind in parts:
+                    parts[kind].setdefault(int(where[0]), []).append(_blocks(tensors[name].cpu().numpy().tobytes()))
+            found, own = ({layer: tuple(all_rows) for layer, all_rows in parts[kind].items()} for kind in parts)
+            rings = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in RINGS}
+            return cls(generation=facts["generation"], rings=rings, found=found, own=own, **rows)
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"what was saved of a storage is damaged ({error}); save the stream again") from None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a layer reads: `reach`, the tokens that stand between a chunk's start and a block found for it."""
+
+    block: int
+    keys: int
+    stride: int
+    queries: int
+    blocks: int
+    window: int
+    chunk: int
+    reach: int
+    kv_heads: int
+    head_dim: int
+    theta: float
+    compact: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig, layer: int) -> Geometry:
+        has, window = config.parts(config.kinds[layer]), config.window
+        assert window is not None
+        reach = window + config.fading_span * has.fading + config.eidetic_slots * has.eidetic
+        return cls(
+            config.storage_block, config.storage_keys, config.storage_stride, config.storage_queries,
+            config.storage_blocks, window, config.chunk_size, reach, config.num_kv_heads, config.head_dim,
+            config.rope_theta, config.positions == "compact",
+        )  # fmt: skip
+
+    def turn(self, x: Tensor, position: Tensor) -> Tensor:
+        """x [..., heads, P] turned by positions [...] (broadcast)."""
+        position = position.view(*(1,) * (x.ndim - 2 - position.ndim), *position.shape)
+        return rotate(x, rope_table(position, self.head_dim, self.theta, x.dtype))
+
+    def base(self, begin: Tensor) -> Tensor:
+        """Where a block stands that is found for the stride from `begin` on."""
+        return begin - begin % self.chunk - self.reach - self.block
+
+    def asking(self, q: Tensor, begin: Tensor) -> Tensor:
+        """Queries [..., n, H, P], turned by their positions, as index keys are compared with them: [..., n, D]."""
+        q = self.turn(q, -self.base(begin)[..., None])
+        q = q.unflatten(-2, (self.kv_heads, -1)).sum(-2) * self.head_dim**-0.5
+        return q.flatten(-2)
+
+    def stands(self, begin: Tensor, start: Tensor) -> Tensor:
+        """Positions to turn the tokens of found blocks by [..., block], that start at `start` [...] of the row's own
+        source, or far below 0, for the stride from `begin` [...] on."""
+        inner = torch.arange(self.block, device=begin.device)
+        base = self.base(begin)
+        if not self.compact:
+            base = torch.where(start < 0, base, start)
+        return base[..., None] + inner
+
+    def found_by(self, k: Tensor, score: Tensor | None) -> Tensor:
+        """What blocks are found by [..., r, D], from keys [..., block, K, P] not turned, and scores [..., block]."""
+        count = k.shape[-3]
+        k = self.turn(k, torch.arange(count, device=k.device)).flatten(-2)
+        if score is None:
+            return torch.stack([part.mean(-2) for part in k.tensor_split(min(self.keys, count), -2)], -2)
+        index = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., : self.keys]
+        return k.gather(-2, index[..., None].expand(*index.shape, k.shape[-1]))
+
+
+class Storage:
+    """The in-storage memory of a batch of streams (rows), for `model(tokens, state, storage=...)`.
+
+    store         what blocks are handed to and found in, with those of others; None: the session keeps its own
+    sources       the name of each row in the store
+    distractors   for training: every row may find the blocks of all other rows of the call
+    keep          False, for training: nothing outlasts the call
+    write         False: nothing is handed to the store; the session keeps its own
+    dtype         of what is stored. What is read again has been rounded to it, in the call that hands it over too, so
+                  that any way of cutting a stream into calls gives the same.
+
+    A stream sees its own blocks at once. Of others it sees those up to `generation`, which moves on by itself, at the
+    start of a call, whenever the store has published a newer one; `record` lists when, if a list is given, as (tokens
+    read, generation, and for each row the position before which its own blocks are from then on found in the store).
+    With `replay`, such a list, it moves just as it did then, and nothing is written: the same calls give the same
+    logits.
+    What is deleted from the store is gone from replays too.
+
+    Raises ConfigError for a model without storage layers.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rows: int = 1,
+        *,
+        store: Store | None = None,
+        sources: Sequence[str] | None = None,
+        distractors: bool = False,
+        keep: bool = True,
+        dtype: torch.dtype = torch.float16,
+        write: bool = True,
+        record: list[Pin] | None = None,
+        replay: Sequence[Pin] | None = None,
+    ) -> None:
+        if not config.storage_layers:
+            raise ConfigError(
+                "the model has no layer with storage, expected storage_layers in its configuration; "
+                "use model.with_settings(storage_layers=(-1,))"
+            )
+        if distractors and keep:
+            raise ConfigError("distractors are the other rows of a call in training: use keep=False with them")
+        self.config, self.store, self.dtype, self.distractors, self.keep = config, store, dtype, distractors, keep
+        self.write = write and replay is None
+        self.sources = [f"stream-{row}" for row in range(rows)] if sources is None else list(sources)
+        if len(set(self.sources)) != rows:
+            raise ConfigError(f"sources must be {rows} different names, one a row, got {self.sources}")
+        self.ancestors: list[dict[str, int]] = [{} for _ in range(rows)]  # read by the row up to this position
+        self.layers = {
+            layer: Kept([[] for _ in range(rows)], [Own() for _ in range(rows)]) for layer in config.storage_layers
+        }
+        self.geometry = {layer: Geometry.of(config, layer) for layer in config.storage_layers}
+        self.positions = [0] * rows
+        self._handed = [0] * rows  # blocks handed over under the row's name; at `most` before going back
+        self._most = [0] * rows
+        self._ids: dict[tuple[str, int, int], int] = {}  # what the store has called its own blocks
+        self.read_tokens = 0
+        self.replay = None if replay is None else list(replay)
+        self.generation = -1
+        self.record = record
+        self.released: tuple[int, ...] = (0,) * rows
+        self._tokens: Tensor | None = None  # [B, block] ring
+        self._placed: Tensor | None = None  # [B, block + L] of the call
+
+    @property
+    def rows(self) -> int:
+        return len(self.sources)
+
+    # as a value
+    def mark(self) -> Mark:
+        """What the session is now; `back` and `restore` go there. No reading of the model changes it."""
+        rings = {} if self._tokens is None else {"tokens": self._tokens.clone()}
+        for layer, kept in self.layers.items():
+            for name in ("asking", "score"):
+                if (ring := getattr(kept, name)) is not None:
+                    rings[f"{name}.{layer}"] = ring.clone()
+        return Mark(
+            sources=tuple(self.sources),
+            ancestors=tuple(self.ancestors),
+            positions=tuple(self.positions),
+            handed=tuple(self._handed),
+            released=self.released,
+            generation=self.generation,
+            rings=rings,
+            found={layer: tuple(map(tuple, kept.found)) for layer, kept in self.layers.items()},
+            own={layer: tuple(map(self._with_ids, kept.own)) for layer, kept in self.layers.items()},
+        )
+
+    def settle(self) -> None:
+        """Wait until the store has what was handed over; a mark made then tells all about it."""
+        if self.store is not None and self.write:
+            self.store.flush()
+
+    def back(self, mark: Mark) -> None:
+        """Go back to a mark of this session, to read the same tokens again: what they had handed over is not handed
+        over twice. Raises StateError if the mark is of other rows or layers."""
+        if len(mark.sources) != self.rows or mark.own.keys() != self.layers.keys():
+            raise StateError(
+                f"the storage was marked with {len(mark.sources)} rows and layers {sorted(mark.own)}, this one has "
+                f"{self.rows} rows and layers {sorted(self.layers)}"
+            )
+        self.sources, self.ancestors, self.positions = list(mark.sources), list(mark.ancestors), list(mark.positions)
+        self._handed, self.released, self.generation = list(mark.handed), mark.released, mark.generation
+        self._most = [max(counts) for counts in zip(self._most, self._handed, strict=True)]
+        self._tokens = mark.rings["tokens"].clone() if "tokens" in mark.rings else None
+        for layer, kept in self.layers.items():
+            asking, score = (mark.rings.get(f"{name}.{layer}") for name in ("asking", "score"))
+            kept.asking, kept.score = (None if ring is None else ring.clone() for ring in (asking, score))
+            kept.found, kept.laid = list(map(list, mark.found[layer])), None
+            kept.own = [Own(blocks) for blocks in mark.own[layer]]
+            self._ids.update({_key(b): b.id for blocks in mark.own[layer] for b in blocks if b.id >= 0})
+
+    def restore(self, mark: Mark) -> None:
+        """Go back to a mark, or on from one that was saved, to read whatever comes. Where the store has later blocks of
+        a row's source, the row goes on as a branch, under another name: those are not its past."""
+        self.back(mark)
+        if self.store is None or not self.write:
+            return
+        self.settle()
+        self._most = list(self._handed)
+        self._branch([row for row, name in enumerate(self.sources) if self.store.count(name) != self._handed[row]])
+
+    def fork(self, *, write: bool = True) -> Storage:
+        """A second session that goes on from here. If it hands anything over, that is of another branch."""
+        other = Storage(self.config, self.rows, store=self.store, dtype=self.dtype, write=write)
+        self.settle()
+        other.restore(self.mark())
+        if write and self.store is not None:
+            other._branch(range(self.rows))
+        return other
+
+    def _told(self, block: Block, number: int) -> None:
+        """The store's writer, in its own thread: the block has been given this id."""
+        self._ids[_key(block)] = number
+
+    def _with_ids(self, own: Own) -> tuple[Block, ...]:
+        return tuple(with_id(block, self._ids.get(_key(block), -1)) for block in own.blocks)
+
+    def _branch(self, rows: Iterable[int]) -> None:
+        """Hand over under another name from now on."""
+        for row in rows:
+            name = self.sources[row]
+            self.ancestors[row] = {**self.ancestors[row], name: self.positions[row]}
+            self.sources[row] = f"{root(name)}{BRANCH}{secrets.token_hex(4)}"
+            self._handed[row] = self._most[row] = 0
+
+    # what the model calls
+    def begin(self, tokens: Tensor, at: Layout | Step) -> None:
+        """A call on `tokens` [B, T], or on embeddings, which have no ids (-1), begins."""
+        if tokens.shape[0] != self.rows:
+            raise ConfigError(f"the storage has {self.rows} rows, the tokens {tokens.shape[0]}; they must be as many")
+        if not self.keep:
+            return
+        size = self.config.storage_block
+        ids = tokens.long() if tokens.ndim == 2 else tokens.new_full(tokens.shape[:2], -1, dtype=torch.int64)
+        if isinstance(at, Step):
+            ring = ids.new_full((self.rows, size), -1) if self._tokens is None else self._tokens
+            self._tokens = put(ring, at.position % size, ids[:, 0])
+            after = [position + 1 for position in at.positions]
+        else:
+            if at.packed:
+                raise ConfigError("a stream with storage is one document; leave out document_ids")
+            self._placed = at.history(self._tokens, at.place(ids), size)
+            self._tokens = at.ring(self._placed, size)
+            after = at.next_position.tolist()
+        if self.positions != at.positions:
+            raise ConfigError(
+                f"the storage has read {self.positions} tokens, the state {at.positions}; they go together: "
+                "begin both anew, or restore both"
+            )
+        self._move(at)
+        self.positions = after
+        self.read_tokens += tokens.shape[1]
+
+    def read(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, held: Tensor | None, layout: Layout
+    ) -> Slots:
+        """What the queries q [B, L, H, P] of a call read from storage. What they complete is handed over.
+
+        k, v [B, W + L, K, P]: keys and values of the call behind those of the window before it, k turned by true
+        positions, as q is; score [B, L] of admission, or None; held [B, N, E]: the positions in each chunk's slots.
+        """
+        g, kept = self.geometry[layer], self.layers[layer]
+        device, row = q.device, torch.arange(q.shape[0], device=q.device)
+        end = torch.arange(min(g.block, g.chunk), layout.slots + 1, min(g.block, g.chunk), device=device)
+        first = layout.position[:, end - 1] + 1 - g.block  # [B, U] where a block would start
+        done = layout.valid[:, end - 1] & (first % g.block == 0)
+        place = end[:, None] - g.block + torch.arange(g.block, device=device)  # [U, block] its slots
+        position, _ = layout.sources(g.window)
+        k, v = self._rounded(g.turn(k, -position))[:, g.window + place], self._rounded(v)[:, g.window + place]
+        scores = None if score is None else layout.history(kept.score, score, g.block)
+        keys = self._rounded(g.found_by(k, None if scores is None else scores[:, g.block + place]))  # [B, U, r, D]
+        parts = k, v, first, row[:, None].expand_as(first), torch.full_like(first, g.block)
+        near = Pool(*(z.flatten(0, 1) for z in parts))
+
+        slot = torch.arange(0, layout.slots, g.stride, device=device)  # where strides begin
+        begin = layout.position[:, :: g.stride]
+        some = layout.valid.unflatten(1, (len(slot), g.stride)).any(2)
+        fresh = some & (begin > 0) & (slot >= layout.offset[:, None])  # the others go on with what was found before
+        asked = layout.history(kept.asking, q.flatten(2), g.queries)
+        asking = asked[:, : layout.slots].unflatten(1, (len(slot), g.stride))[:, :, : g.queries]
+        asking = g.asking(asking.unflatten(-1, q.shape[2:]), begin).detach()  # [B, G, n, D]
+
+        pairs = "bgnd,curd->bgcunr" if self.distractors else "bgnd,burd->bgunr"
+        value = torch.einsum(pairs, asking, keys.detach()).amax((-1, -2))
+        value = value if self.distractors else value[:, :, None]  # [B, G, B or 1, U]
+        segment = layout.segment_of_slot
+        past = done[:, None] & (end <= slot[:, None])  # [B, G, U]
+        seen = past & (segment[:, None, end - 1] == segment[:, slot, None])
+        seen = (seen & (first[:, None] < (begin + g.stride - g.window)[..., None]))[:, :, None]
+        if self.distractors:  # what other rows have read later may know, by way of layers below, of this row's future
+            seen = torch.where((row[:, None] == row)[:, None, :, None], seen, past.transpose(0, 1))
+        value = value.masked_fill(~(seen & fresh[..., None, None]), -torch.inf).flatten(2)
+        entry = torch.arange(value.shape[2], device=device).expand_as(value)
+        entry = entry if self.distractors else entry + (row * len(end))[:, None, None]
+        blocks, more, which = self._far(layer, asking, begin, fresh, layout)
+        value = torch.cat((value.flip(2), more), 2)  # of the same value, the newest first
+        entry = torch.cat((entry.flip(2), which + len(near.start)), 2)
+        value, order = torch.sort(value, dim=2, descending=True, stable=True)
+        value, entry = (_first(z, g.blocks, fill) for z, fill in ((value, -torch.inf), (entry.gather(2, order), 0)))
+
+        pool = near.join(self._pool(blocks, g, k)) if blocks else near
+        inner = torch.arange(g.block, device=device)
+        start = torch.where(pool.owner[entry] == row[:, None, None], pool.start[entry], NOWHERE)
+        own = start[..., None] + inner  # [B, G, blocks, block] positions in the row's own source
+        visible = (value > -torch.inf)[..., None] & (inner < pool.count[entry][..., None])
+        if held is not None:
+            slots = held.repeat_interleave(g.chunk // g.stride, 1)[:, :, None, None]
+            visible = visible & ~(own[..., None] == slots).any(-1)
+        opens = slot[:, None, None]
+        from_slot = torch.maximum(opens, own + (g.window - begin + slot)[..., None, None])
+        last = (opens + g.stride - 1).masked_fill(~visible, -1)
+        k = g.turn(pool.k[entry], g.stands(begin[..., None], start))
+        if self.keep:
+            kept.asking, kept.laid = layout.ring(asked, g.queries), None
+            kept.score = None if scores is None else layout.ring(scores, g.block)
+            made = self._made(layer, near, keys, scores, place, done)
+            self._remember(kept, made, blocks, entry, value, layout)
+        shape = (q.shape[0], layout.chunks, -1)
+        return Slots(*(z.reshape(*shape, *z.shape[4:]) for z in (k, pool.v[entry], from_slot, last)))
+
+    def step(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, held: Tensor | None, at: Step
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`read` for one token a row: k, v [B, M, K, P] and the mask [B, M] of what its query q [B, H, P] sees; None if
+        nothing was found. k, v [B, W, K, P]: the window's rings with this token; score [B]; held [B, E]."""
+        g, kept = self.geometry[layer], self.layers[layer]
+        position = at.positions
+        if kept.asking is None:
+            kept.asking = q.new_zeros(self.rows, g.queries, q[0].numel())
+        if kept.score is None and score is not None:
+            kept.score = score.new_zeros(self.rows, g.block)
+        due = [row for row, p in enumerate(position) if p % g.stride == 0]
+        if due:
+            self._find_due(layer, due, position, q)
+        if kept.laid is None:
+            kept.laid = self._lay(layer, at, held, q)
+        kept.asking = put(kept.asking, at.position % g.queries, q.flatten(1))
+        if score is not None:
+            kept.score = put(kept.score, at.position % g.block, score)
+        for row, p in enumerate(position):
+            if (p + 1) % g.block == 0:
+                self._make(layer, row, p, k, v)
+        laid = kept.laid
+        if not laid.k.shape[1]:
+            return None
+        if laid.newest <= min(position) - g.window:
+            return laid.k, laid.v, laid.seen
+        return laid.k, laid.v, laid.seen & (laid.position <= (at.position - g.window)[:, None])
+
+    def finish(self, state: Sequence[dict[str, Tensor]]) -> None:
+        """A document is at its end: hand over what is left of it, less than a block. `state`: the layers' states."""
+        size = self.config.storage_block
+        for layer in self.layers:
+            k, v = state[layer]["k"], state[layer]["v"]
+            for row, position in enumerate(self.positions):
+                if position % size:
+                    self._make(layer, row, position - 1, k, v)
+
+    # finding
+    def _far(
+        self, layer: int, asking: Tensor, begin: Tensor, fresh: Tensor, layout: Layout
+    ) -> tuple[list[tuple[int, Block]], Tensor, Tensor]:
+        """Candidates from outside the call: (row, block), and for every stride the score and number [B, G, n] of those
+        that were found for it now, or, where the call began inside a stride, for that one before."""
+        g, kept = self.geometry[layer], self.layers[layer]
+        pairs: list[tuple[int, int]] = []
+        results: list[list[tuple[float, Block]]] = []
+        if self.keep:
+            pairs = [(int(b), int(i)) for b, i in fresh.nonzero()]
+            starts = [(row, int(begin[row, i])) for row, i in pairs]
+            results = self._search(layer, starts, asking[fresh]) if pairs else []
+            for row, offset in enumerate(layout.offset.tolist()):
+                if offset % g.stride and kept.found[row]:
+                    pairs.append((row, offset // g.stride))
+                    results.append([(np.inf, block) for block in kept.found[row]])
+        most = max(map(len, results), default=0)
+        value = asking.new_full((*begin.shape, most), -torch.inf)
+        which = torch.zeros(value.shape, dtype=torch.int64, device=value.device)
+        blocks: list[tuple[int, Block]] = []
+        numbers: dict[tuple[int, int], int] = {}
+        for (row, i), found in zip(pairs, results, strict=True):
+            for rank, (score, block) in enumerate(found):
+                number = numbers.setdefault((row, id(block)), len(blocks))
+                if number == len(blocks):
+                    blocks.append((row, block))
+                value[row, i, rank], which[row, i, rank] = score, number
+        return blocks, value, which
+
+    def _search(
+        self, layer: int, strides: Sequence[tuple[int, int]], asking: Tensor
+    ) -> list[list[tuple[float, Block]]]:
+        """For each (row, begin), with tokens asking [m, n, D]: the blocks of highest score, best first."""
+        g, own = self.geometry[layer], self.layers[layer].own
+        asks = asking.detach().cpu().to(torch.promote_types(asking.dtype, torch.float32)).numpy()
+        mine: list[list[tuple[float, int, int, Block | None]]] = []
+        for (row, begin), each in zip(strides, asks, strict=True):
+            limit, pairs = begin + g.stride - g.window, zip(own[row].scores(each), own[row].blocks, strict=True)
+            mine.append([(s, 1, block.start, block) for s, block in pairs if block.start < limit])
+        want = g.blocks + max(len(own[row].blocks) for row, _ in strides)
+        while True:
+            theirs = [[]] * len(mine) if self.store is None else self.store.search(layer, asks, want, self.generation)
+            results = []
+            for (row, _), own_ones, found in zip(strides, mine, theirs, strict=True):
+                ranked = sorted([*own_ones, *((s, 0, n, None) for s, n in found)], key=lambda c: c[:3], reverse=True)
+                results.append(self._best(ranked, row, g.blocks))
+            if all(
+                len(found) < want or (len(best) == g.blocks and best[-1][0] >= found[-1][0])
+                for found, best in zip(theirs, results, strict=True)
+            ):
+                return results
+            want *= 2  # much of what was found is of other branches of these streams
+
+    def _best(
+        self, candidates: Sequence[tuple[float, int, int, Block | None]], row: int, count: int
+    ) -> list[tuple[float, Block]]:
+        """The first `count`, fetched where they come from the store, without those that the session keeps."""
+        best: list[tuple[float, Block]] = []
+        for score, _, number, block in candidates:
+            if block is None:
+                assert self.store is not None
+                block = self.store.get(number)
+                if block is None or self._elsewhere(row, block):
+                    continue
+            best.append((score, block))
+            if len(best) == count:
+                break
+        return best
+
+    def _owns(self, row: int, block: Block) -> bool:
+        """It is of the row's own past."""
+        if block.source == self.sources[row]:
+            return True
+        return block.start + len(block.tokens) <= self.ancestors[row].get(block.source, 0)
+
+    def _elsewhere(self, row: int, block: Block) -> bool:
+        """Not to be taken from the store: the session keeps it itself, or it is of another branch of the stream."""
+        if self._owns(row, block):
+            return block.start >= self.released[row]
+        return root(block.source) == root(self.sources[row])
+
+    def _pool(self, blocks: Sequence[tuple[int, Block]], g: Geometry, like: Tensor) -> Pool:
+        k, v = (like.new_zeros(len(blocks), g.block, g.kv_heads, g.head_dim) for _ in range(2))
+        start, owner, count = (torch.empty(len(blocks), dtype=torch.int64) for _ in range(3))
+        for i, (row, block) in enumerate(blocks):
+            n = len(block.tokens)
+            k[i, :n], v[i, :n] = (torch.from_numpy(np.array(z)).to(like) for z in (block.k, block.v))
+            start[i], owner[i], count[i] = block.start, row if self._owns(row, block) else -1, n
+        return Pool(k, v, *(z.to(like.device) for z in (start, owner, count)))
+
+    def _find_due(self, layer: int, due: Sequence[int], position: Sequence[int], q: Tensor) -> None:
+        """Find what the strides that begin now read."""
+        g, kept = self.geometry[layer], self.layers[layer]
+        kept.laid = None
+        asked = [row for row in due if position[row] > 0]
+        for row in due:
+            kept.found[row] = []
+        if not asked:
+            return
+        assert kept.asking is not None
+        begin = torch.tensor([position[row] for row in asked], device=q.device)
+        asking = kept.asking[asked].unflatten(-1, q.shape[1:])
+        strides = [(row, position[row]) for row in asked]
+        for row, found in zip(asked, self._search(layer, strides, g.asking(asking, begin)), strict=True):
+            kept.found[row] = [block for _, block in found]
+
+    def _lay(self, layer: int, at: Step, held: Tensor | None, like: Tensor) -> Laid:
+        """What was found, for the strides that the tokens are in."""
+        g, found = self.geometry[layer], self.layers[layer].found
+        most = max(map(len, found))
+        blocks = [(row, block) for row, mine in enumerate(found) for block in mine]
+        pool = self._pool(blocks, g, like)
+        entry = torch.zeros(self.rows, most, dtype=torch.int64, device=like.device)
+        there = torch.zeros(self.rows, most, dtype=torch.bool, device=like.device)
+        number = 0
+        for row, mine in enumerate(found):
+            entry[row, : len(mine)] = torch.arange(number, number + len(mine))
+            there[row, : len(mine)] = True
+            number += len(mine)
+        if not blocks:
+            empty = like.new_zeros(self.rows, 0, g.kv_heads, g.head_dim)
+            return Laid(empty, empty, entry, there, NOWHERE)
+        begin = at.position - at.position % g.stride
+        start = torch.where(pool.owner[entry] >= 0, pool.start[entry], NOWHERE)
+        inner = torch.arange(g.block, device=like.device)
+        own = (start[..., None] + inner).flatten(1)
+        seen = (there[..., None] & (inner < pool.count[entry][..., None])).flatten(1)
+        if held is not None:
+            seen = seen & ~(own[..., None] == held[:, None]).any(-1)
+        k = g.turn(pool.k[entry], g.stands(begin[:, None], start))
+        return Laid(k.flatten(1, 2), pool.v[entry].flatten(1, 2), own, seen, int(own.max()))
+
+    # handing over
+    def _rounded(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).to(x.dtype) if self.keep else x
+
+    def _hand_over(
+        self, layer: int, row: int, start: int, tokens: Tensor, k: Tensor, v: Tensor, keys: Tensor, score: Tensor | None
+    ) -> Block:
+        """A block that is complete: k, v [block, K, P], what it is found by [r, D], scores [block]."""
+
+        def stored(z: Tensor, dtype: torch.dtype) -> np.ndarray:
+            return z.detach().to(dtype).cpu().numpy().copy()
+
+        block = Block(
+            layer,
+            self.sources[row],
+            start,
+            tokens=stored(tokens, torch.int32),
+            k=stored(k, self.dtype),
+            v=stored(v, self.dtype),
+            keys=stored(keys, self.dtype),
+            score=np.zeros(len(k), np.float32) if score is None else stored(score, torch.float32),
+            fingerprint="" if self.store is None else self.store.fingerprint,
+        )
+        own = self.layers[layer].own[row]
+        own.append(block)
+        if self.store is not None and self.write:
+            self._handed[row] += 1
+            if self._handed[row] > self._most[row]:
+                self._most[row] = self._handed[row]
+                self.store.put(block, self._told)
+        return block
+
+    def _made(
+        self, layer: int, near: Pool, keys: Tensor, scores: Tensor | None, place: Tensor, done: Tensor
+    ) -> dict[int, Block]:
+        """The blocks that the call completed, handed over, by their entry in the pool."""
+        assert self._placed is not None
+        made = {}
+        size, places = place.shape[1], place.shape[0]
+        for row, u in done.nonzero().tolist():
+            entry, at = row * places + u, size + place[u]
+            score = None if scores is None else scores[row, at]
+            made[entry] = self._hand_over(
+                layer,
+                row,
+                int(near.start[entry]),
+                self._placed[row, at],
+                near.k[entry],
+                near.v[entry],
+                keys[row, u],
+                score,
+            )
+        return made
+
+    def _make(self, layer: int, row: int, position: int, k: Tensor, v: Tensor) -> None:
+        """Hand over the block up to `position`, out of the window's rings."""
+        g, kept = self.geometry[layer], self.layers[layer]
+        assert self._tokens is not None
+        start = position - position % g.block
+        positions = torch.arange(start, position + 1, device=k.device)
+        ring, place = positions % g.window, positions % g.block
+        block_k = self._rounded(g.turn(k[row, ring], -positions))
+        score = None if kept.score is None else kept.score[row, place]
+        keys = g.found_by(block_k, score)
+        self._hand_over(
+            layer, row, position + 1 - g.block, self._tokens[row, place], block_k, v[row, ring], keys, score
+        )
+
+    def _remember(
+        self, kept: Kept, made: dict[int, Block], far: Sequence[tuple[int, Block]], entry: Tensor, value: Tensor,
+        layout: Layout,
+    ) -> None:  # fmt: skip
+        """What was found for the stride in which the call ends."""
+        near = len(layout.offset) * (layout.slots // min(self.config.storage_block, layout.chunk))
+        read = layout.valid.any(1).tolist()
+        for row, (end, position) in enumerate(zip(layout.end.tolist(), layout.next_position.tolist(), strict=True)):
+            if not read[row]:
+                continue
+            i = (end - 1) // self.config.storage_stride
+            chosen = entry[row, i][value[row, i] > -torch.inf].tolist() if position % self.config.storage_stride else []
+            kept.found[row] = [made[e] if e < near else far[e - near][1] for e in chosen]
+
+    # generations
+    def _move(self, at: Layout | Step) -> None:
+        """Go on to the newest generation, or where the replay went at this point."""
+        if self.store is None:
+            return
+        if self.replay is not None:
+            while self.replay and self.replay[0][0] <= self.read_tokens:
+                _, self.generation, self.released = self.replay.pop(0)
+                self._release()
+            return
+        newest = self.store.pin()
+        if newest == self.generation and self.read_tokens:
+            return
+        self.generation = newest
+        behind = self.config.window + self.config.storage_block + self.config.storage_stride  # type: ignore[operator]
+        released = []
+        for row, position in enumerate(at.positions):
+            blocks = (block for kept in self.layers.values() for block in kept.own[row].blocks)
+            missing = (block.start for block in blocks if not 0 <= self._ids.get(_key(block), -1) <= newest)
+            released.append(max(self.released[row], min([position - behind, *missing])))
+        self.released = tuple(released)
+        if self.record is not None:
+            self.record.append((self.read_tokens, newest, self.released))
+        self._release()
+
+    def _release(self) -> None:
+        for kept in self.layers.values():
+            for own, start in zip(kept.own, self.released, strict=True):
+                for block in own.release(start):
+                    self._ids.pop(_key(block), None)
+
+
+def root(source: str) -> str:
+    """The name of a stream, of whichever of its branches `source` is."""
+    return source.partition(BRANCH)[0]
+
+
+def _key(block: Block) -> tuple[str, int, int]:
+    return block.source, block.layer, block.start
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _blocks(data: bytes) -> tuple[Block, ...]:
+    """Of the frames in `data`, one after the other."""
+    found = []
+    while data:
+        found.append(decode(data))
+        data = data[frame_length(data) :]
+    return tuple(found)
+
+
+def _by_number(name: str) -> list[int]:
+    return [int(part) for part in name.split(".")[1:]]
+
+
+def _first(z: Tensor, count: int, fill: float) -> Tensor:
+    """The first `count` of z [..., n], filled up if there are fewer."""
+    return torch.nn.functional.pad(z[..., :count], (0, max(0, count - z.shape[-1])), value=fill)
