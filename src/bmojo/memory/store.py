@@ -39,6 +39,24 @@ def meta_of(model: Model) -> dict[str, Any]:
     return {**settings, "weights": model.fingerprint()}
 
 
+def stored_settings(path: str | Path) -> dict[str, Any] | None:
+    """The settings of storage of the store at `path`, which a model must have to use it; None if there is no store."""
+    if "://" not in str(path) and not (Path(path) / "meta.json").exists():
+        return None
+    try:
+        with open_store(path, mode="r") as engine:
+            meta = engine.meta
+    except StoreError:
+        if "://" in str(path):
+            return None  # not made yet, or what is wrong is said when it is opened
+        raise
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in meta.items()
+        if name.startswith("storage_")
+    }
+
+
 class Store:
     """Blocks are put in the background, and found up to a generation. Safe from several threads.
 

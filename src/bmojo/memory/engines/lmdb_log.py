@@ -40,6 +40,7 @@ class LMDBLog(Log):
                 # LMDB does not notice where its file ends, and reading there kills the process
                 if path.stat().st_size < (promised := self._promised()):
                     raise StoreError(_cut(path, promised))
+                self._env.reader_check()  # slots of readers that were killed
                 self._mapped = _mapped(self._name)
                 self._tables = {name: env.open_db(name.encode(), create=new) for name in TABLES}
         except BaseException:
