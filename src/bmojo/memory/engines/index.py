@@ -1,9 +1,9 @@
 """What finds blocks by their keys: derived from the log, rebuilt from it at any time.
 
 Keys lie in float16, in parts of ascending ids: flat ones of at most `PART` keys, which are searched exactly (faiss, or
-NumPy where it isn't installed). Of more than `MANY` keys all but the last go into an inverted part (faiss IVF), which
-is kept in a file, for to train it takes seconds. That is done when a store is opened, not later: so what a search at a
-pinned generation finds stays the same as long as the store is open.
+NumPy where it isn't installed). Of more than `MANY` keys all but the last few go into an inverted part (faiss IVF),
+which is kept in a file, for to train it takes seconds. That is done when a store is opened, not later: so what a search
+at a pinned generation finds stays the same as long as the store is open.
 """
 
 from __future__ import annotations
@@ -285,10 +285,13 @@ class Index:
                 sample, share = [part[rng.random(len(part)) < 0.5] for part in sample], share / 2
         self._parts = [InvertedPart.train(self._faiss, np.concatenate(sample), count)]
 
-    def settle(self) -> None:
-        """Put the keys of all flat parts but the last into the inverted one, if there is one."""
+    def settle(self, *, last: bool = False) -> None:
+        """Put the keys of all flat parts but the last into the inverted one, if there is one; of the last if told so,
+        and if they are many."""
         inverted = self._inverted
-        while inverted is not None and len(self._parts) > 2:
+        while inverted is not None and (
+            len(self._parts) > 2 or (last and len(self._parts) == 2 and self._parts[1].rows > PART // 4)
+        ):
             part = self._parts.pop(1)
             assert isinstance(part, FlatPart)
             inverted.add(part.keys, part.owner[: part.rows], part.source[: part.rows])

@@ -377,6 +377,7 @@ class LocalEngine(Engine):
             index = Index(state.dim)
             index.train(keys for keys, _, _ in self._read_keys(layer, state.dim, 0, last))
             self._take_up(index, layer, last, opening=True)
+        index.settle(last=True)
         if index.unsaved and os.access(self.folder, os.W_OK):
             index.save(path)
         return index
