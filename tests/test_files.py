@@ -3,7 +3,7 @@ import errno
 import pytest
 
 from bmojo.errors import BMojoError, MissingPackageError
-from bmojo.files import full_disk_told, optional_module, write_whole
+from bmojo.files import full_disk_told, locked, optional_module, write_whole
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -32,3 +32,10 @@ def test_only_a_full_disk_is_told_as_one(tmp_path):
         raise OSError(errno.EDQUOT, "quota")
     with pytest.raises(OSError, match="denied"), full_disk_told(tmp_path):
         raise OSError(errno.EACCES, "denied")
+
+
+def test_a_lock_has_one_holder(tmp_path):
+    path = tmp_path / "new/lock"
+    for _ in range(2):
+        with locked(path, "in use"), pytest.raises(BMojoError, match="in use"), locked(path, "in use"):
+            pass

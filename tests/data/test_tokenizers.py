@@ -41,6 +41,11 @@ def test_round_trip_whole_and_streamed(tokenizer, text):
 def test_streaming_any_bytes_agrees_with_decode(tokenizer, ids):
     stream = tokenizer.stream_decoder()
     assert "".join(stream.push(id) for id in ids) + stream.flush() == tokenizer.decode(ids)
+    text, stream = "", tokenizer.stream_decoder()
+    for id in ids:
+        text += stream.push(id)
+        stream = tokenizer.stream_decoder(stream.held)
+    assert text + stream.flush() == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("text", ["é", "東", "😀"])

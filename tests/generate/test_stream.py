@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import resource
@@ -16,12 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stream_cases import PROMPT, explains, naive, new_model, same_stream
 
-from bmojo import MemoryState, Stream
+from bmojo import BMojoLM, MemoryState, Stream
 from bmojo.data import ByteTokenizer, train_bpe
 from bmojo.data.documents import Document
 from bmojo.errors import ConfigError, DataError, StateError
-from bmojo.generate import Sampling
+from bmojo.generate import Sampling, generate_batch
 from bmojo.generate.stream import COMMIT, SEGMENT
+from bmojo.nn.decoder import Decoder
+from bmojo.ops.dispatch import use_backend
 
 TEXT_MODELS = {size: new_model(vocab_size=size) for size in (256, 300)}
 CHOICE = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
@@ -100,8 +103,10 @@ def test_any_cut_of_what_is_fed_gives_the_same_bits(cuts, one_by_one):
     assert same_stream(whole, cut)
 
 
-@pytest.mark.parametrize("cut", [1, 7, COMMIT, COMMIT + 1, 89])
-def test_a_stream_that_is_kept_or_broken_off_goes_on_bit_for_bit(tmp_path, cut):
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("cut", [1, 7, COMMIT, COMMIT + 1])
+def test_a_stream_that_is_kept_or_broken_off_goes_on_bit_for_bit(tmp_path, monkeypatch, cut, static):
+    monkeypatch.setattr("bmojo.generate.stream.Decoder", functools.partial(Decoder, static=static))  # True: as on GPUs
     model = new_model()
     whole = Stream(model, **CHOICE).feed(PROMPT)
     ids = list(whole.generate(90))
@@ -199,6 +204,22 @@ def test_a_state_is_left_as_it_is(tmp_path):
     loaded = Stream.load(tmp_path / "state", model).feed([7])
     list(loaded.generate(20))
     assert same_stream(loaded, stream)
+
+
+@pytest.mark.parametrize("backend", ["fused", "chunked"])
+def test_it_may_be_used_in_and_out_of_inference_mode(backend):
+    model = new_model()
+    with use_backend(backend):
+        whole = list(Stream(model, **CHOICE).feed(PROMPT).generate(20))
+        stream = Stream(model, **CHOICE)
+        with torch.inference_mode():
+            stream.feed(PROMPT)
+            ids = list(stream.generate(5))
+        ids += stream.generate(5)
+        with torch.inference_mode():
+            ids += [token for (token,) in generate_batch([stream], 5)]
+        assert [*ids, *stream.generate(5)] == whole
+        assert not stream.snapshot().state.position.is_inference()
 
 
 # memory
@@ -399,6 +420,9 @@ def test_refuses_files(tmp_path, bpe):
     model, path = TEXT_MODELS[256], tmp_path / "stream"
     Stream(model).feed("text").save(path)
     note = MemoryState.load(path).note["stream"]
+    torch.manual_seed(1)
+    with pytest.raises(StateError, match="was made with other weights: their fingerprint is"):
+        Stream.load(path, BMojoLM(model.config))
     for change, message in (
         ({"version": 2}, "has stream format 2, this bmojo reads up to 1; update"),
         ({"version": "x"}, "is damaged"),
@@ -432,15 +456,16 @@ def test_ctrl_c_at_any_moment_leaves_a_stream_in_order():
     """Against one that nothing breaks off: the same tokens, of which some were not given, and the same bits."""
     model, rng = new_model(), np.random.default_rng(0)
     stream, whole = Stream(model, **CHOICE).feed(PROMPT), Stream(model, **CHOICE).feed(PROMPT)
+    list(stream.fork().generate(2))  # loads what else would be broken off each time
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        for _ in range(40):
+        for _ in range(30):
             with contextlib.suppress(KeyboardInterrupt):
-                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 2e-2))
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-3, 4e-2))
                 for _ in stream.generate():
                     pass
             list(whole.generate(stream.length - whole.length))
@@ -448,5 +473,6 @@ def test_ctrl_c_at_any_moment_leaves_a_stream_in_order():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    assert stream.length > len(PROMPT)
     assert same_stream(stream, whole)
     assert list(stream.generate(5)) == list(whole.generate(5))

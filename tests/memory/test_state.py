@@ -308,3 +308,34 @@ def test_a_state_is_repeated_once_at_least(state):
         state.repeat(0)
     for layer, kept in zip(state.repeat(1).layers, state.layers, strict=True):
         assert all(torch.equal(layer[name], kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_states_of_streams_are_one_batch_and_come_apart_again(preset):
+    model, tokens = make_model(small_preset(preset), dtype=torch.float64), draw_tokens(3, 270)
+    with torch.no_grad():
+        states = [model(tokens[i : i + 1, :length])[1] for i, length in enumerate((5, 270, 17))]
+        batch = MemoryState.cat(states)
+        assert batch.position.tolist() == [5, 270, 17]
+        for got, state in zip(batch.split(), states, strict=True):
+            same_state(got, state)
+            assert got.nbytes == state.nbytes
+        more = draw_tokens(3, 9, seed=1)
+        for piece in (more[:, :8], more[:, 8:]):
+            logits, batch = model(piece, batch)
+            for i, state in enumerate(states):
+                alone, states[i] = model(piece[i : i + 1], state)
+                torch.testing.assert_close(logits[i : i + 1], alone, rtol=1e-9, atol=1e-9)
+        for got, state in zip(batch.split(), states, strict=True):
+            assert got.nbytes == state.nbytes
+
+
+def test_states_that_are_no_batch(model):
+    empty = model.empty_state()
+    for other, message in (
+        (empty.to(dtype=torch.bfloat16), "different dtypes or devices"),
+        (empty.tracked(), "some are tracked and some are not"),
+        (make_model(small_preset("gdn")).empty_state(), "another model"),
+    ):
+        with pytest.raises(StateError, match=message):
+            MemoryState.cat([empty, other])

@@ -42,6 +42,7 @@ VERBS = {
     "eval length": Verb("bmojo.cli.eval_length", "What a model still does on texts longer than it was trained on."),
     "sweep": Verb("bmojo.cli.sweep", "Train models over a grid of settings on a synthetic task.", resumes=True),
     "generate": Verb("bmojo.cli.generate", "Text from a trained model, as it is made."),
+    "remember": Verb("bmojo.cli.remember", "Text into a store, for a model to find again.", resumes=True),
     "store stats": Verb("bmojo.cli.store", "What is in a store of blocks."),
     "store compact": Verb("bmojo.cli.store", "Erase what was forgotten from a store's files.", resumes=True),
     "store verify": Verb("bmojo.cli.store", "Read all of a store; repair what is damaged."),

@@ -134,8 +134,10 @@ def test_a_writer_that_is_gone_leaves_no_lock(url, admin):
         ("postgresql://nobody@127.0.0.1:nine/db", "invalid"),
         ("postgresql:///db?host=/nowhere/at/all", "at /nowhere/at/all/db: .*No such file"),
         ("postgresql:///db?hots=x", "hots"),
-        ("postgresql://[::1/db", "no URL"),
+        ("postgresql://[::1/db", "can't be read"),
         ("postgresql:///db?index=hsnw", "did you mean 'hnsw'"),
+        ("postgresql:///db?store=" + 32 * "é", "1 to 63 bytes"),
+        ("postgresql:///db?store=", "1 to 63 bytes"),
         ("postgresql:///db?index=hnsw&ef_search=many", "ef_search='many'.* 1 to 1000"),
     ],
 )
@@ -170,6 +172,24 @@ def test_a_database_without_the_extension(postgres, admin):
         open_pgvector(other.replace("postgres:@", f"{name}@"), mode="a")  # to read another's store
     admin.execute(f"drop database {name}")
     admin.execute(f"drop role {name}")
+
+
+def test_others_read_what_they_are_granted(url, admin, rng):
+    name = url.rpartition("=")[2]
+    with open_pgvector(url, mode="a") as store:
+        store.put(some_blocks(rng, 20))
+    admin.execute(f"create role {name} login")
+    other = url.replace("postgres:@", f"{name}@")
+    with pytest.raises(StoreError, match="permission denied"):
+        open_pgvector(other)
+    admin.execute(f"grant usage on schema {name} to {name}; grant select on all tables in schema {name} to {name}")
+    with open_pgvector(f"{other}&options=-c%20work_mem%3D7MB") as store:
+        assert store.search(0, np.ones((1, 16), np.float32), 9, generation=store.pin()).id.max() >= 0
+        assert len(store.get([0, 1])) == 2
+        assert store.stats()["blocks"] == 20
+        assert store._ask("show work_mem") == [("7MB",)]
+    with pytest.raises(StoreError, match="permission denied"):
+        open_pgvector(other, mode="a").put(some_blocks(rng, 1))
 
 
 def test_stores_of_other_formats(url, admin):

@@ -76,10 +76,14 @@ def open_pgvector(url: str, meta: dict[str, Any] | None = None, mode: str = "r")
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise StoreError(f"{url} is no URL of a store: {error}") from error
-    asked = dict(parse_qsl(parts.query, keep_blank_values=True))
+        raise StoreError(
+            f"the URL of a store in PostgreSQL can't be read: {error}"
+        ) from error  # it may tell a password
+    asked = {"connect_timeout": "10"} | dict(parse_qsl(parts.query, keep_blank_values=True))
     name, index = asked.pop("store", "bmojo"), asked.pop("index", "flat")
     effort = asked.pop("ef_search", str(EF_SEARCH))
+    if not 0 < len(name.encode()) < 64:
+        raise StoreError(f"store={name!r} in the store's URL must be a name of 1 to 63 bytes")
     if index not in ("flat", "hnsw"):
         raise StoreError(f"index={index!r} in the store's URL: {nearest(index, ['flat', 'hnsw'])}")
     if not effort.isdecimal() or not 1 <= int(effort) <= 1000:
@@ -152,7 +156,6 @@ class PgvectorEngine(Engine):
             server,
             autocommit=True,
             prepare_threshold=None,
-            connect_timeout=10,
             application_name=f"bmojo {socket.gethostname()}:{os.getpid()}",
         )
 
