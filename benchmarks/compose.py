@@ -6,7 +6,8 @@
 
 Text: K passages of a held-out document are read each by itself, and stored; then comes what follows them: a prompt,
 which every way of remembering reads, and a continuation, whose bits per byte are counted. Recall: the half of MQAR that
-holds the pairs, cut into K documents; the half that asks is the continuation; as trained, and twice as long. The ways of remembering:
+holds the pairs, cut into K documents; the half that asks is the continuation; at the size trained on, and twice that.
+The ways of remembering:
 
     again       all documents read one after the other: what composition stands for
     given, cyclic, all      `bmojo.compose` in order, over the rotations (PICASO-R), over all orders (PICASO-S)

@@ -5,14 +5,14 @@
 A model of one attention layer (one head, keys from a short convolution) is trained on the drifting source, 64 keys,
 256 tokens. Then it reads three stretches of 16,384 tokens, of which the middle one drifts (each showing changes its key
 with probability 0.2) and the others stand still; between them all keys change, and half of what is shown is wrong, so
-that one showing is not enough. Its window is 64 tokens, in which a key
-is seldom there again, and its keys go to a store in blocks of 64 tokens. At every fourth question the query of the
-layer finds blocks, 16 of each band of age; the logits of the attention to their tokens, at the distance of a found
-block, are votes for these tokens (the value at a place is the token's own), mixed with a tenth of the model's own
-prediction.
+that one showing is not enough. Its window is 64 tokens, in which a key is seldom there again, and its keys go to a
+store in blocks of 64 tokens. At every fourth question the query of the layer finds blocks, 16 of each band of age; the
+logits of the attention to their tokens, at the distance of a found block, are votes for these tokens (the value at a
+place is the token's own), mixed with a tenth of the model's own prediction.
 
 The 16 blocks attended to, and what their tokens' logits get, by rule: most similar; one half-life; learned, as
-`bmojo.memory.decay` does; the same, with the log-mixture just added; the same, learned from what was attended to alone.
+`bmojo.memory.decay` does; the same, for the choice of blocks, their logits as they are; the same, with the log-mixture
+just added; the same, learned from what was attended to alone.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from bmojo.config import ModelConfig
 from bmojo.data.synthetic import EVALUATION, NO_ANSWER, make_task
 from bmojo.figures import make_picture, new_figure, write_pictures
 from bmojo.files import write_whole
-from bmojo.memory.decay import Decay, DecayPolicy, Reranked, rate_losses, reranked
-from bmojo.memory.engines import Block
+from bmojo.memory.decay import Decay, DecayPolicy, rate_losses
+from bmojo.memory.engines import Block, Engine, Found
 from bmojo.memory.engines.engine import MemoryEngine
 from bmojo.ops.rope import rope_table, rotate
 from bmojo.sweep.report import T95
@@ -50,7 +50,7 @@ BLOCK, WINDOW, COUNT, STRETCH, EVERY, BASE, NOISE = 64, 64, 16, 16_384, 4, 0.1, 
 STRETCHES = {"stands still": 0.0, "drifts": 0.2, "stands still again": 0.0}
 LIVES = DecayPolicy().half_lives
 RULES = ["none", "half-life 1,000", "half-life 300", "half-life 100", "half-life 30", "learned",
-         "learned, added to logits", "learned from what was attended to"]  # fmt: skip
+         "learned, for the choice alone", "learned, added to logits", "learned from what was attended to"]  # fmt: skip
 
 
 def trained(seed: int) -> dict[str, torch.Tensor]:
@@ -100,6 +100,15 @@ def read(weights: dict[str, torch.Tensor], tokens: np.ndarray) -> tuple[np.ndarr
     return q, turned(seen["k_proj"], place), F.log_softmax(logits.float(), -1).numpy()
 
 
+def candidates(engine: Engine, queries: np.ndarray, generation: int) -> Found:
+    """Among these, the blocks that `reranked` gives for any weights: the COUNT most similar of each band of age."""
+    bands = [
+        engine.search(0, queries, COUNT, generation=newest, after=after)
+        for after, newest in DecayPolicy().bands(generation)
+    ]
+    return Found(*(np.concatenate(part, 1) for part in zip(*bands, strict=True)))
+
+
 def measure(seed: int) -> dict[str, Any]:
     """By rule: bits, right, stale [questions]; and the half-life of the learned one at each."""
     data = stream(seed)
@@ -116,17 +125,17 @@ def measure(seed: int) -> dict[str, Any]:
              (("none", np.inf), *((f"half-life {h:,.0f}", h) for h in LIVES[2:]))}  # fmt: skip
     now = {rule: Decay() for rule in RULES if rule.startswith("learned")}
     spent: dict[str, dict[str, list[float]]] = {rule: {"bits": [], "right": [], "stale": []} for rule in RULES}
-    half_life, neutral = [], Decay(DecayPolicy(clusters=0))
-    found_for = {}
+    half_life: list[float] = []
+    found_for: dict[int, Found] = {}
     for generation in np.unique(asked // BLOCK - 1):
         at = asked[asked // BLOCK - 1 == generation]
-        for i, *row in zip(at, *reranked(engine, 0, q[at], COUNT, int(generation), neutral), strict=True):
-            found_for[i] = Reranked(*row)
+        for i, *row in zip(at, *candidates(engine, q[at], int(generation)), strict=True):
+            found_for[i] = Found(*row)
     for i in asked:
         generation = int(i) // BLOCK - 1
         query, target, old = q[i : i + 1], data["labels"][i], data["stale"][i]
         there = found_for[i].id >= 0
-        ids, similarity = found_for[i].id[there], found_for[i].similarity[there]
+        ids, similarity = found_for[i].id[there], found_for[i].score[there]
         at = (ids[:, None] * BLOCK + np.arange(BLOCK)).ravel()
         logits, tokens, ages = k[at] @ query[0], data["tokens"][at], np.repeat(generation - ids, BLOCK)
         cluster = now["learned"].policy.cluster(query)
@@ -138,11 +147,12 @@ def measure(seed: int) -> dict[str, Any]:
                 ranked = similarity + decay.log_mixture((generation - ids)[None], mine)[0]
             best = np.repeat(np.isin(np.arange(len(ids)), np.argsort(-ranked, kind="stable")[:COUNT]), BLOCK)
             found = logits[None, best], ages[None, best]
-            weight = (
-                found[0] + decay.log_mixture(found[1], mine)
-                if rule == "learned, added to logits"
-                else decay.scores(*found, mine)
-            )[0]
+            if rule == "learned, for the choice alone":
+                weight = found[0][0]
+            elif rule == "learned, added to logits":
+                weight = (found[0] + decay.log_mixture(found[1], mine))[0]
+            else:
+                weight = decay.scores(*found, mine)[0]
             votes = np.bincount(tokens[best], np.exp(weight - weight.max()), own.shape[1])
             p = (1 - BASE) * votes / votes.sum() + BASE * np.exp(own[i])
             result = spent[rule]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -55,7 +56,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bmojo")))
         server = options.postgres or stack.enter_context(started(folder))
         for size in map(int, options.sizes.split(",")):
-            report["sizes"][size] = measure(size, folder / str(size), server)
+            report["sizes"][size] = {"load before": os.getloadavg()[0], **measure(size, folder / str(size), server)}
             write_whole(options.out, (json.dumps(report, indent=1) + "\n").encode())
 
 

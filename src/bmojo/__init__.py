@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from bmojo.memory.composition import compose
     from bmojo.memory.state import MemoryState
     from bmojo.memory.states import StateStore
+    from bmojo.memory.storage import Storage
+    from bmojo.memory.store import Store
     from bmojo.nn.mixer import Mixer, Trace
     from bmojo.nn.model import BMojoLM
 
@@ -35,6 +37,8 @@ __all__ = [
     "Mixer",
     "ModelConfig",
     "StateStore",
+    "Storage",
+    "Store",
     "Stream",
     "Trace",
     "__version__",
@@ -52,6 +56,8 @@ _HOME = {
     "Mixer": "bmojo.nn.mixer",
     "ModelConfig": "bmojo.config",
     "StateStore": "bmojo.memory.states",
+    "Storage": "bmojo.memory.storage",
+    "Store": "bmojo.memory.store",
     "Stream": "bmojo.generate",
     "Trace": "bmojo.nn.mixer",
     "compose": "bmojo.memory.composition",

@@ -46,7 +46,7 @@ def test_it_equals_each_alone(name):
 def test_those_that_stop_are_dropped(monkeypatch, static):
     sizes = []
 
-    def decoder(model, state):
+    def decoder(model, state, storage=None):
         sizes.append(state.batch_size)
         return Decoder(model, state, static=static)
 

@@ -12,8 +12,8 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from bmojo.errors import ConfigError, DataError, StateError
-from bmojo.memory.decay import Decay, DecayPolicy, DriftAlarm, Reranked, clusters_of, fixed_share, rate_losses, reranked
-from bmojo.memory.engines import Block
+from bmojo.memory.decay import Decay, DecayPolicy, DriftAlarm, clusters_of, fixed_share, rate_losses, reranked
+from bmojo.memory.engines import Block, open_store
 from bmojo.memory.engines.engine import MemoryEngine
 
 RATES = DecayPolicy().half_lives
@@ -391,10 +391,16 @@ def store(blocks: int, dim: int = 8, layers: int = 1) -> MemoryEngine:
 
 def by_hand(engine, layer, queries, count, generation, decay, ids_per_chunk=1):
     """All blocks scored, without bands."""
-    found = engine.search(layer, queries, generation + 1, generation=generation)
+    found = engine.search(layer, queries, max(generation + 1, 1), generation=generation)
     score = decay.scores(found.score, (generation - found.id) // ids_per_chunk, decay.policy.cluster(queries))
     order = np.lexsort((-found.id, -score), axis=1)[:, :count]
     return np.take_along_axis(score, order, 1), np.take_along_axis(found.id, order, 1)
+
+
+def test_bands_are_all_ids_once_and_end_at_the_half_lives():
+    assert DecayPolicy().bands(500) == [(470, 500), (400, 470), (200, 400), (-1, 200)]
+    assert DecayPolicy().bands(500, 10) == [(200, 500), (-1, 200)]
+    assert DecayPolicy().bands(-1) == [(-1, -1)]
 
 
 @pytest.mark.parametrize(("blocks", "layers"), [(0, 1), (1, 1), (25, 1), (150, 2), (150, 1)])
@@ -404,10 +410,23 @@ def test_reranked_equals_brute_force_where_bands_are_not_larger_than_count(block
     generation = blocks - 1 - blocks // 10
     got = reranked(engine, layers - 1, queries, 80, generation, decay, ids_per_chunk=layers)
     score, ids = by_hand(engine, layers - 1, queries, 80, generation, decay, layers)
-    width = min(score.shape[1], got.id.shape[1])
-    real = ids[:, :width] >= 0
-    assert_array_equal(np.where(real, got.id[:, :width], -1), np.where(real, ids[:, :width], -1))
-    assert_allclose(got.score[:, :width][real], score[:, :width][real], rtol=1e-5)
+    width = score.shape[1]
+    assert_array_equal(got.id[:, :width], ids)
+    assert_allclose(got.score[:, :width], score, rtol=1e-5)
+    assert (got.id[:, width:] == -1).all()
+
+
+def test_on_disk_the_same_is_found_and_the_weights_are_kept(tmp_path):
+    queries, decay = draw(1).normal(size=(4, 8)).astype(np.float32), after(switching(100, 30))
+    memory = store(150)
+    with open_store(tmp_path / "store", mode="a", engine="sqlite", publish=0) as engine:
+        engine.put(list(memory.scan()))
+        engine.note("decay", **decay.to_dict())
+    with open_store(tmp_path / "store") as engine:
+        again = Decay.from_dict({name: engine.sources()["decay"][name] for name in ("policy", "rates", "trust")})
+        got, expected = (reranked(e, 0, queries, 60, 149, d) for e, d in ((engine, again), (memory, decay)))
+        assert_array_equal(got.id, expected.id)
+        assert_allclose(got.score, expected.score, atol=1e-2)  # the index is of half precision
 
 
 def test_reranked_without_decay_is_the_search():
@@ -420,10 +439,10 @@ def test_reranked_without_decay_is_the_search():
 
 
 def test_reranked_finds_most_of_the_best_where_bands_are_larger_than_count():
-    engine, queries = store(4000), 2 * draw(1).normal(size=(64, 8)).astype(np.float32)
+    engine, queries = store(2500), 2 * draw(1).normal(size=(24, 8)).astype(np.float32)
     for decay in (Decay(), fast(), after(switching(150, 30))):
-        got = reranked(engine, 0, queries, 16, 3999, decay).id[:, :16]
-        _, best = by_hand(engine, 0, queries, 16, 3999, decay)
+        got = reranked(engine, 0, queries, 16, 2499, decay).id
+        _, best = by_hand(engine, 0, queries, 16, 2499, decay)
         assert all(len(set(row)) == 16 for row in got)
         assert np.mean([len({*a} & {*b}) for a, b in zip(got, best, strict=True)]) > 0.95 * 16
 
@@ -431,7 +450,7 @@ def test_reranked_finds_most_of_the_best_where_bands_are_larger_than_count():
 def test_reranked_by_similarity_alone_where_it_explores():
     engine, queries = store(300), draw(1).normal(size=(3, 8)).astype(np.float32)
     positions = np.array([EXPLORED[0], EXPLORED[0] + 1, EXPLORED[1]])
-    got = Reranked(*(part[:, :5] for part in reranked(engine, 0, queries, 5, 299, fast(), positions=positions)))
+    got = reranked(engine, 0, queries, 5, 299, fast(), positions=positions)
     found = engine.search(0, queries, 5, generation=299)
     assert_array_equal(got.id[[0, 2]], found.id[[0, 2]])
     assert_array_equal(got.score[[0, 2]], got.similarity[[0, 2]])

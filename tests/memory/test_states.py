@@ -124,6 +124,9 @@ def test_a_damaged_file_is_named_and_the_rest_served(store, states):
         with pytest.raises(StateError, match=r"00000003.safetensors"):
             store.get("contract")
     same_state(store.get("contract", version=2), states[1], 0)
+    (store.folder / ".put.killed").mkdir()  # what a put leaves that was killed
+    (store.folder / ".put.killed" / "draft").write_bytes(content[:100])
+    assert store.names() == {"contract": [1, 2, 3]}
     assert store.put("contract", states[0]) == 4
 
 

@@ -30,7 +30,8 @@ def small(preset: str, **changes) -> BMojoLM:
 
 
 def storage_of(model: BMojoLM, rows: int = 1, **options) -> Storage:
-    return Storage(model.config, rows, **{"dtype": torch.float64, **options})
+    dtype = torch.float64 if options.get("store") is None else torch.float32  # engines hold no wider one
+    return Storage(model.config, rows, dtype=dtype, **options)
 
 
 @pytest.mark.parametrize("block", [4, 8, 16])
@@ -87,9 +88,10 @@ def test_any_cutting_of_a_stream_gives_the_same(case, stored):
         for part in tokens.split(sizes, 1):
             logits, state = model(part, state, storage=storage)
             found.append(logits)
-        close(torch.cat(found, 1), expected, 1e-9, str(sizes[:3]))
+        tolerance = 1e-5 if stored else 1e-9
+        close(torch.cat(found, 1), expected, tolerance, str(sizes[:3]))
         for name, tensor in state.layers[1].items():
-            close(tensor.double(), last.layers[1][name].double(), 1e-9, name)
+            close(tensor.double(), last.layers[1][name].double(), tolerance, name)
 
 
 def filled(model: BMojoLM) -> Store:
@@ -120,13 +122,13 @@ def test_branches_of_a_stream_never_see_each_other():
     kept = storage.mark()
     aside = storage.fork(write=False)
     blocks = store.stats()["blocks"]
-    close(model(then, state, storage=aside)[0], expected, 1e-12, "aside")
+    close(model(then, state, storage=aside)[0], expected, 1e-5, "aside")
     assert store.stats()["blocks"] == blocks
     twin = storage.fork()
     model(instead, state, storage=twin)
     model(instead, state, storage=storage)
     storage.restore(Mark.from_tensors(kept.to_tensors()))
-    close(model(then, state, storage=storage)[0], expected, 1e-12, "restored")
+    close(model(then, state, storage=storage)[0], expected, 1e-5, "restored")
     storage.restore(storage.mark())
     assert len(set(store.engine.sources()) | set(storage.sources)) == 4  # nothing came after it: no new branch
     store.flush()

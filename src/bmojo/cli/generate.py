@@ -8,14 +8,19 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bmojo.cli.checkpoint import open_model, open_tokenizer
 from bmojo.cli.options import Checkpoint, Seed, Threads, TokenizerSpec, use_threads
+from bmojo.cli.stores import open_with
+from bmojo.data.tokenizers import Tokenizer
 from bmojo.errors import BMojoError, ConfigError, DataError
 from bmojo.files import locked
+
+if TYPE_CHECKING:
+    from bmojo.memory.attention import Attention
 
 
 def generate(
@@ -31,12 +36,20 @@ def generate(
     streams_dir: Annotated[
         Path | None, typer.Option(help="Folder of --stream; default: streams in the model's.")
     ] = None,
+    store: Annotated[
+        str | None, typer.Option(help="Read this long-term memory, and hand over to it; see `bmojo remember`.")
+    ] = None,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Hand nothing over to --store.")] = False,
+    stride: Annotated[int | None, typer.Option(help="Tokens between two searches of --store.")] = None,
+    blocks: Annotated[int | None, typer.Option(help="Blocks found by each.")] = None,
+    cite: Annotated[bool, typer.Option("--cite", help="Say which stored text was attended to most.")] = False,
     state: Annotated[Path | None, typer.Option(help="Write the stream here at the end (.safetensors).")] = None,
     resume_state: Annotated[Path | None, typer.Option(help="Go on from a stream that --state wrote.")] = None,
     tokenizer: TokenizerSpec = None,
     threads: Threads = None,
 ) -> None:
     from bmojo.generate import Stream
+    from bmojo.memory.attention import Attention
 
     if prompt and prompt_file is not None:
         raise ConfigError("--prompt and --prompt-file are two prompts; give one")
@@ -44,6 +57,8 @@ def generate(
         raise ConfigError("--stream keeps the stream by itself; leave out --state and --resume-state")
     if stream is None and streams_dir is not None:
         raise ConfigError("--streams-dir is the folder of --stream; name the stream")
+    if store is None and (read_only or cite or stride is not None or blocks is not None):
+        raise ConfigError("--read-only, --stride, --blocks and --cite are about a store; give --store")
     if state is not None:
         _require_writable(state)
     use_threads(threads)
@@ -51,22 +66,31 @@ def generate(
     codec = open_tokenizer(model, folder, tokenizer)
     settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     with contextlib.ExitStack() as held:
+        if store is not None:
+            mode = "r" if read_only else "a"
+            model, opened = open_with(model, store, mode=mode, stride=stride, blocks=blocks)
+            settings |= {"store": held.enter_context(opened), "write": not read_only}
         if stream is not None:
             state = held.enter_context(_kept(streams_dir or folder / "streams", stream))
             resume_state = state if state.exists() else None
         if resume_state is None:
-            text = Stream(model, codec, **settings)
+            text = Stream(model, codec, name=stream, **settings)
         else:
             text = Stream.load(resume_state, model, codec, **settings)
         text.feed(prompt if prompt_file is None else _read(prompt_file))
         if not text.snapshot().unread:
             raise DataError("there is nothing to go on from: give --prompt or --prompt-file")
+        if cite:
+            assert text.storage is not None
+            text.storage.attention = Attention()
         try:
             for piece in text.text(max_new_tokens):
                 print(piece, end="", flush=True)
             if state is None:
                 print(text.held_back, end="")
             print(end="\n" if sys.stdout.isatty() else "", flush=True)
+            if text.storage is not None and text.storage.attention is not None:
+                _cite(text.storage.attention, codec)
         finally:  # after Ctrl-C, too, the stream holds what was shown
             if state is not None:
                 text.save(state)
@@ -82,6 +106,16 @@ def _kept(folder: Path, name: str) -> Iterator[Path]:
         for left in folder.glob(f".{path.name}.*"):  # of a process that was killed while it wrote
             left.unlink()
         yield path
+
+
+def _cite(attention: Attention, codec: Tokenizer) -> None:
+    """Where the attention of the generated tokens went, on stderr, so that stdout holds the text alone."""
+    spans = attention.spans()
+    share = attention.total / max(1, attention.tokens)
+    print(f"bmojo: {share:.0%} of the attention of {attention.tokens} tokens went to stored text", file=sys.stderr)
+    for span in spans:
+        quoted = codec.decode(span.tokens).replace("\n", " ")
+        print(f"  {span.weight:5.1%}  {span.source} [{span.start}, {span.end}): {quoted!r}", file=sys.stderr)
 
 
 def _require_writable(state: Path) -> None:

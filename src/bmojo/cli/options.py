@@ -27,6 +27,10 @@ Checkpoint = Annotated[Path, typer.Argument(help="A run folder, or its model fol
 TokenizerSpec = Annotated[
     str | None, typer.Option("--tokenizer", help="'bytes' or a .json file; found beside the model if left out.")
 ]
+StorePath = Annotated[
+    str,
+    typer.Option("--store", help="Long-term memory: a folder, postgresql://HOST/DB?store=NAME or lancedb://FOLDER."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

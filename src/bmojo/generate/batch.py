@@ -11,6 +11,7 @@ import torch
 from bmojo.errors import ConfigError
 from bmojo.generate.stream import COMMIT, Snapshot, Stream, plain, require_count
 from bmojo.memory.state import MemoryState
+from bmojo.memory.storage import Mark, Storage
 from bmojo.nn.decoder import Decoder
 
 
@@ -31,6 +32,9 @@ def generate_batch(
         raise ConfigError("a stream can be only once in a batch; take stream.fork() for another one")
     if len({id(stream.model) for stream in streams}) > 1:
         raise ConfigError("the streams of a batch must be of one model object, got several")
+    kinds = {None if s.storage is None else (id(s.storage.store), s.storage.write) for s in streams}
+    if len(kinds) > 1:
+        raise ConfigError("the streams of a batch must all have the same store, and all hand over to it, or none")
     return _generate(streams, max_tokens, frozenset(stop_ids))
 
 
@@ -76,7 +80,15 @@ class _Batch:
         self.at: dict[int, Snapshot] = {}  # what each stream was when it was read or chosen here
         for row in rows:
             self.at[row] = streams[row]._read_all_but_one()
-        self.decoder = Decoder(streams[0].model, MemoryState.cat([self.at[row].state for row in rows]))
+        marks = [mark for row in rows if (mark := self.at[row].stored) is not None]
+        self.storage = None
+        if marks:
+            first = streams[rows[0]].storage
+            assert first is not None
+            self.storage = Storage(first.config, len(rows), store=first.store, write=first.write)
+            self.storage.back(Mark.cat(marks))
+        state = MemoryState.cat([self.at[row].state for row in rows])
+        self.decoder = Decoder(streams[0].model, state, storage=self.storage)
         self.whole = True  # it has read what `at` tells but the last token of each; not so once a step is broken off
 
     def serves(self, live: set[int]) -> bool:
@@ -102,9 +114,14 @@ class _Batch:
         """Keep the states that it has come to."""
         if not self.whole:
             return
-        for row, state in zip(self.rows, self.decoder.state.split(), strict=True):
+        marks: list[Mark | None] = [None] * len(self.rows)
+        if self.storage is not None:
+            self.storage.settle()
+            marks = [*self.storage.mark().split()]
+        for row, state, mark in zip(self.rows, self.decoder.state.split(), marks, strict=True):
             stream = self.streams[row]
             if stream._now is self.at[row] and len(stream._now.unread) > 1:
-                stream._ahead = None
-                stream._now = dataclasses.replace(stream._now, state=state, unread=stream._now.unread[-1:])
+                stream._ahead = stream._stored = None
+                now = stream._now
+                stream._now = dataclasses.replace(now, state=state, stored=mark, unread=now.unread[-1:])
                 self.at[row] = stream._now

@@ -16,6 +16,7 @@ import io
 import itertools
 import os
 import re
+import secrets
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from bmojo.errors import ConfigError, DataError, StateError
 from bmojo.generate.sampling import Sampling
 from bmojo.memory.state import MemoryState, require_fit
 from bmojo.memory.states import FINGERPRINT
+from bmojo.memory.storage import Mark, Storage
+from bmojo.memory.store import Store
 from bmojo.nn.decoder import Decoder
 from bmojo.nn.model import BMojoLM
 
@@ -56,8 +59,9 @@ def plain(function: Callable[P, R]) -> Callable[P, R]:
 class Snapshot:
     """A stream at one moment.
 
-    state: after `length - len(unread)` tokens, batch size 1. made: `unread` was generated, not given, and is read again
-    one token at a time, so that a stream goes on bit for bit. held: what the text of the next token depends on.
+    state: after `length - len(unread)` tokens, batch size 1; stored: its storage then, if it has any. made: `unread`
+    was generated, not given, and is read again one token at a time, so that a stream goes on bit for bit. held: what
+    the text of the next token depends on.
     """
 
     sampling: Sampling
@@ -66,6 +70,7 @@ class Snapshot:
     unread: tuple[int, ...] = ()
     made: bool = False
     held: Held = ((), 0)
+    stored: Mark | None = None
 
 
 class Stream:
@@ -78,6 +83,8 @@ class Stream:
 
     tokenizer: for text; bytes if left out and the model has 256 tokens. state: a memory of this model, batch size 1, to
     go on from. sampling: the settings of `Sampling`.
+    store: a long-term memory of this model, that the stream reads and, with `write`, hands over what it has read to,
+    under its `name` (None: one of its own); see `bmojo.memory.storage`. Other streams with this store find it there.
 
     Any way of cutting what is fed into pieces (of text: at the bounds of tokens) gives the same stream, bit for bit.
     What was generated is part of the stream, a stop that ended it too; `feed` and `generate` go on after it.
@@ -88,7 +95,15 @@ class Stream:
     """
 
     def __init__(
-        self, model: BMojoLM, tokenizer: Tokenizer | None = None, *, state: MemoryState | None = None, **sampling: Any
+        self,
+        model: BMojoLM,
+        tokenizer: Tokenizer | None = None,
+        *,
+        state: MemoryState | None = None,
+        store: Store | None = None,
+        name: str | None = None,
+        write: bool = True,
+        **sampling: Any,
     ) -> None:
         if tokenizer is None and model.config.vocab_size == ByteTokenizer.vocab_size:
             tokenizer = ByteTokenizer()
@@ -103,7 +118,14 @@ class Stream:
         self._ahead: int | None = None  # unread tokens that the decoder has read; None: its state is not to be used
         state = model.empty_state() if state is None else state.detach()
         require_fit(state, model.config, 1, model.embed.weight.dtype)
-        self._now = Snapshot(Sampling(**sampling), state, length=int(state.position))
+        self.storage = self._stored = None  # its session with the store, and the mark that it is at
+        if store is not None:
+            if int(state.position):
+                raise ConfigError("a stream with a store begins with it: a state that has read tokens can't be given")
+            name = f"stream-{secrets.token_hex(4)}" if name is None else name
+            self.storage = Storage(model.config, store=store, sources=[name], write=write)
+            self._stored = self.storage.mark()
+        self._now = Snapshot(Sampling(**sampling), state, length=int(state.position), stored=self._stored)
 
     # what it is
     @property
@@ -128,8 +150,9 @@ class Stream:
 
         `Stream(model, state=stream.state)` goes on from it once it is fed a token.
         """
-        now = self.snapshot()
-        return self._read(now.state, now.unread)[1] if now.unread else now.state.clone()
+        with self._lock:
+            now = self.snapshot()
+            return self._read(now, now.unread)[1].state if now.unread else now.state.clone()
 
     # in
     def feed(self, source: Source) -> Stream:
@@ -200,10 +223,10 @@ class Stream:
             return
         self._commit()
         now = self._now
-        state, read, held = now.state, now.length - len(now.unread), ((), 0) if ids.size >= CONTEXT else now.held
+        read, held = now.length - len(now.unread), ((), 0) if ids.size >= CONTEXT else now.held
         unread = np.concatenate((np.array(now.unread, np.int64), ids))
         while (size := SEGMENT - read % SEGMENT) < len(unread):
-            _, state = self._read(state, unread[:size])
+            _, now = self._read(now, unread[:size])
             unread, read = unread[size:], read + size
         if self.tokenizer is not None:
             decoder = self.tokenizer.stream_decoder(held)
@@ -212,7 +235,7 @@ class Stream:
             held = decoder.held
         self._ahead = None
         self._now = dataclasses.replace(
-            now, state=state, length=now.length + ids.size, unread=tuple(unread.tolist()), made=False, held=held
+            now, length=self._now.length + ids.size, unread=tuple(unread.tolist()), made=False, held=held
         )
 
     # out
@@ -276,9 +299,9 @@ class Stream:
             if now.made:
                 logits = self._decode()
             else:
-                features, state = self._read(now.state, now.unread)
+                features, now = self._read(now, now.unread)
                 logits = self.model.logits(features[0, -1])
-                now, self._ahead = dataclasses.replace(now, state=state, unread=(), made=True), None
+                now, self._ahead = dataclasses.replace(now, unread=(), made=True), None
             token, piece = self._choose(now, logits)
             if len(self._now.unread) > COMMIT:
                 self._commit()
@@ -294,19 +317,33 @@ class Stream:
         return token, piece
 
     # the model
-    def _read(self, state: MemoryState, tokens: Collection[int] | NDArray[np.int64]) -> tuple[Tensor, MemoryState]:
-        """Features [1, time, hidden_size] and the state after `tokens`; `state` is left as it is."""
+    def _read(self, at: Snapshot, tokens: Collection[int] | NDArray[np.int64]) -> tuple[Tensor, Snapshot]:
+        """Features [1, time, hidden_size] of `tokens`, and `at` after them; what it was is left as it is."""
         ids = torch.as_tensor(np.asarray(tokens, np.int64), device=self.model.embed.weight.device)
-        return self.model.features(ids[None], state)
+        self._put_back(at)
+        features, state = self.model.features(ids[None], at.state, storage=self.storage)
+        self._stored = None if self.storage is None else self.storage.mark()
+        return features, dataclasses.replace(at, state=state, stored=self._stored)
+
+    def _put_back(self, at: Snapshot) -> None:
+        """Storage is to be read from where `at` is; what the decoder has come to is then no more to be used."""
+        if self.storage is not None:
+            assert at.stored is not None
+            if self._stored is not at.stored:
+                self.storage.back(at.stored)
+            self._stored = self._ahead = None
 
     def _decode(self, count: int | None = None) -> Tensor:
         """Logits [vocab_size] after the first `count` (None: all) of the tokens that were made."""
         now, ahead = self._now, self._ahead
         self._ahead = None  # while it works: if it is broken off, it starts again from the state
         if self._decoder is None:
-            self._decoder, ahead = Decoder(self.model, now.state), 0
-        elif ahead is None or ahead >= len(now.unread[:count]):
+            self._decoder = Decoder(self.model, now.state, storage=self.storage)
+            ahead = None
+        if ahead is None or ahead >= len(now.unread[:count]):
+            self._put_back(now)
             self._decoder.state, ahead = now.state, 0
+        self._stored = None
         for token in now.unread[ahead:count]:
             logits = self._decoder(torch.tensor([token], device=now.state.position.device))[0]
         self._ahead = len(now.unread[:count])
@@ -322,7 +359,8 @@ class Stream:
             self._decode(-1)
         assert self._decoder is not None
         state, self._ahead = self._decoder.state, None
-        self._now = dataclasses.replace(now, state=state, unread=now.unread[-1:])
+        self._stored = None if self.storage is None else self.storage.mark()
+        self._now = dataclasses.replace(now, state=state, stored=self._stored, unread=now.unread[-1:])
         self._ahead = 0
 
     @plain
@@ -331,8 +369,8 @@ class Stream:
         self._commit()
         now = self._require_unread()
         if not now.made:
-            state = self._read(now.state, now.unread[:-1])[1] if len(now.unread) > 1 else now.state
-            self._ahead, self._now = None, dataclasses.replace(now, state=state, unread=now.unread[-1:], made=True)
+            now = self._read(now, now.unread[:-1])[1] if len(now.unread) > 1 else now
+            self._ahead, self._now = None, dataclasses.replace(now, unread=now.unread[-1:], made=True)
         return self._now
 
     def _require_unread(self) -> Snapshot:
@@ -351,13 +389,24 @@ class Stream:
         """Go back, or on, to a snapshot of this stream or of another one of the same model."""
         with self._lock:
             require_fit(snapshot.state, self.model.config, 1, self.model.embed.weight.dtype)
-            self._ahead = None
-            self._now = snapshot
+            if (snapshot.stored is None) != (self.storage is None):
+                has, lacks = ("snapshot", "stream") if self.storage is None else ("stream", "snapshot")
+                raise StateError(f"the {has} has a store, the {lacks} has none; open the stream as it was when saved")
+            self._ahead = self._stored = None
+            if self.storage is not None:
+                assert snapshot.stored is not None
+                self.storage.restore(snapshot.stored)
+                self._stored = self.storage.mark()
+            self._now = dataclasses.replace(snapshot, stored=self._stored)
 
-    def fork(self, **sampling: Any) -> Stream:
-        """A stream that goes on from here by itself; `sampling` changes settings, such as its seed."""
+    def fork(self, *, write: bool = True, **sampling: Any) -> Stream:
+        """A stream that goes on from here by itself; `sampling` changes settings, such as its seed. With a store it is
+        a branch of its own there, or, with write=False, hands nothing over."""
         now = self.snapshot()
-        twin = Stream(self.model, self.tokenizer, state=now.state)
+        twin = Stream(self.model, self.tokenizer)
+        if self.storage is not None:
+            twin.storage = self.storage.fork(write=write)
+            now = dataclasses.replace(now, stored=twin.storage.mark())
         twin.restore(dataclasses.replace(now, sampling=dataclasses.replace(now.sampling, **sampling)))
         return twin
 
@@ -366,31 +415,48 @@ class Stream:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the stream, whole or not at all: a file of `MemoryState.save` whose note tells the rest."""
-        now = self.snapshot()
+        with self._lock:
+            now = self.snapshot()
+            if self.storage is not None:
+                self._put_back(now)
+                self.storage.settle()
+                now = dataclasses.replace(now, stored=self.storage.mark())
         note = {name: getattr(now, name) for name in self._SAVED} | {"sampling": dataclasses.asdict(now.sampling)}
         note |= {"version": VERSION, "tokenizer": None if self.tokenizer is None else self.tokenizer.sha256}
-        dataclasses.replace(now.state, note={"stream": note, FINGERPRINT: self._fingerprint}).save(path)
+        extra = {} if now.stored is None else now.stored.to_tensors()
+        dataclasses.replace(now.state, note={"stream": note, FINGERPRINT: self._fingerprint}, extra=extra).save(path)
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike, model: BMojoLM, tokenizer: Tokenizer | None = None, **sampling: Any
+        cls,
+        path: str | os.PathLike,
+        model: BMojoLM,
+        tokenizer: Tokenizer | None = None,
+        *,
+        store: Store | None = None,
+        write: bool = True,
+        **sampling: Any,
     ) -> Stream:
-        """What `save` wrote: it goes on bit for bit, in any process. `sampling` changes settings.
+        """What `save` wrote: it goes on bit for bit, in any process. `sampling` changes settings. A stream with a store
+        goes on with that, given here; where the store has a later part of it than was saved, as a branch.
 
         A memory that MemoryState.save wrote is a stream all of which was read. Raises StateError for a file that is
         none, damaged, newer, or of another model, weights or tokenizer.
         """
         state = MemoryState.load(path, model.config, device=str(model.embed.weight.device))
         note, theirs = state.note.get("stream"), state.note.get(FINGERPRINT)
-        state = dataclasses.replace(state, note={})
-        stream = cls(model, tokenizer, state=state)
+        stored = Mark.from_tensors(state.extra) if state.extra else None
+        state = dataclasses.replace(state, note={}, extra={})
+        if note is None:
+            stream = cls(model, tokenizer, state=state, store=store, write=write, **sampling)
+        else:
+            stream = cls(model, tokenizer, store=store, write=write)
         if theirs not in (None, stream._fingerprint):
             raise StateError(
                 f"{path} was made with other weights: their fingerprint is {theirs}, that of this model "
                 f"{stream._fingerprint}; load the model that made it"
             )
         if note is None:
-            stream.sampling = Sampling(**sampling)
             return stream
         try:
             if note["version"] > VERSION:
@@ -402,7 +468,7 @@ class Stream:
             if length != int(state.position) + len(unread):
                 raise DataError(f"{length} tokens, of which {int(state.position)} are read and {len(unread)} unread")
             saved = Snapshot(
-                Sampling(**note["sampling"]), state, length, unread, bool(note["made"]), (held, int(shown))
+                Sampling(**note["sampling"]), state, length, unread, bool(note["made"]), (held, int(shown)), stored
             )
         except StateError:
             raise

@@ -101,9 +101,9 @@ class DecayPolicy:
         object.__setattr__(self, "half_lives", tuple(map(float, self.half_lives)))
         if not self.half_lives or not all(h > 0 for h in self.half_lives):
             raise ConfigError(f"half_lives must be one or more positive numbers (inf: never), got {self.half_lives}")
-        for name, top in (("share", 1.0), ("exploration", 1.0), ("negligible", 1.0), ("floor", 1.0)):
-            if not 0 <= getattr(self, name) < top:
-                raise ConfigError(f"{name} must be from 0 to below {top:g}, got {getattr(self, name)}")
+        for name in ("share", "exploration", "negligible", "floor"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 0 or more and below 1, got {getattr(self, name)}")
         if self.clusters < 0 or self.clusters % 2:
             raise ConfigError(f"clusters must be even, 0 or more, got {self.clusters}")
         if not 0 <= self.grace < math.inf:
@@ -112,6 +112,12 @@ class DecayPolicy:
     def cluster(self, keys: np.ndarray) -> np.ndarray | None:
         """The clusters of keys or queries; None if there are none."""
         return clusters_of(keys, self.clusters, self.seed) if self.clusters else None
+
+    def bands(self, generation: int, ids_per_chunk: int = 1) -> list[tuple[int, int]]:
+        """Ids in bands of age that end at the half-lives, newest first, as (after, newest) of each."""
+        ends = [generation - int(h) * ids_per_chunk for h in sorted(self.half_lives) if math.isfinite(h)]
+        edges = [generation, *(end for end in ends if end >= 0), -1]
+        return [(after, newest) for newest, after in pairwise(edges)]
 
     def explores(self, positions: np.ndarray) -> np.ndarray:
         """Which retrievals, by the positions int [...] of their queries, ignore decay: the same in every replay."""
@@ -275,7 +281,8 @@ class DriftAlarm:
 
 
 class Reranked(NamedTuple):
-    """As `Found`, by descending score, which is the similarity with decay; all [queries, bands * count]."""
+    """As `Found`, by descending score, which is the similarity with decay; all [queries, count]. The difference of the
+    two, where id >= 0, is for the logits of a block's tokens: decay of the choice alone is too little."""
 
     score: np.ndarray
     id: np.ndarray
@@ -293,15 +300,12 @@ def reranked(
     positions: np.ndarray | None = None,
     ids_per_chunk: int = 1,
 ) -> Reranked:
-    """Blocks for each of the queries [n, dim], ranked with decay: the first `count` are those to attend to.
+    """The `count` blocks of highest score, decay included, for each of the queries [n, dim].
 
     Blocks are searched in bands of age that end at the half-lives, the `count` most similar of each, and scored
-    together by `Decay.scores` with the weights of the queries' clusters. The first `count` are exact where no band
-    holds more blocks than that. Else a block may be missed for one of its band that is older but more similar, and the
-    scores are those among what was found.
-
-    All that was found is given, because the losses that decay learns from must be taken of all of it: among what decay
-    has left over, no half-life would be wrong.
+    together by `Decay.scores` with the weights of the queries' clusters. Exact where no band holds more than `count`
+    blocks. Else a block may be missed for one of its band that is older but more similar, and scores are those among
+    what was found.
 
     positions int [n]: of the queries; those that `DecayPolicy.explores` names are ranked by similarity alone.
     ids_per_chunk: how many ids a chunk uses up: the layers with storage.
@@ -313,7 +317,7 @@ def reranked(
     score = decay.scores(similarity, (generation - ids) // ids_per_chunk, decay.policy.cluster(queries))
     if positions is not None:
         score = np.where(decay.policy.explores(positions)[:, None], similarity, score)
-    order = np.lexsort((-ids, -score), axis=1)
+    order = np.lexsort((-ids, -score), axis=1)[:, :count]
     score, ids, similarity = (np.take_along_axis(array, order, 1) for array in (score, ids, similarity))
     return Reranked(score.astype(np.float32), ids, similarity)
 

@@ -25,6 +25,7 @@ from bmojo.memory.spec import CACHE_BLOCK, Entry, layer_spec
 
 FORMAT = "bmojo.memory-state"
 VERSION = 1
+EXTRA = "extra."
 DTYPES = {
     "verbatim": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     "exact": (torch.float32, torch.float64),
@@ -37,12 +38,13 @@ class MemoryState:
     """Everything that a model remembers of the tokens so far: one dict of tensors a layer, batch first.
 
     The names of the tensors are documented in `bmojo.memory.spec`. Each method returns a new state.
-    `note` is whatever in JSON the saver wants to find again; no model reads it.
+    `note` is whatever in JSON, and `extra` whatever in tensors, the saver wants to find again; no model reads it.
     """
 
     config: ModelConfig
     layers: tuple[dict[str, Tensor], ...]
     note: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def position(self) -> Tensor:
@@ -161,6 +163,7 @@ class MemoryState:
             for i, layer in enumerate(self.layers)
             for name, tensor in layer.items()
         }
+        tensors |= {f"{EXTRA}{name}": tensor.contiguous().clone() for name, tensor in self.extra.items()}
         metadata = {"format": FORMAT, "version": str(VERSION), "config": json.dumps(self.config.to_dict())}
         metadata |= {"note": json.dumps(self.note), "digest": digest(tensors)}
         write_whole(Path(path), save(tensors, metadata=metadata))
@@ -198,7 +201,9 @@ class MemoryState:
             require_same(saved, config)
         if metadata.get("digest") not in (None, digest(tensors)):  # states of before have none
             raise StateError(f"{path} is damaged: its tensors are not those that were saved; save the state again")
-        return cls(saved, _layers(tensors, saved, path), note)
+        extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith(EXTRA)}
+        extra = {name.removeprefix(EXTRA): tensor for name, tensor in extra.items()}
+        return cls(saved, _layers(tensors, saved, path), note, extra)
 
 
 def _layers(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> tuple[dict[str, Tensor], ...]:

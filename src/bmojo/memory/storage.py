@@ -39,6 +39,7 @@ r keys of a block, D = kv_heads * head_dim, M tokens found (storage_blocks * sto
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import json
@@ -53,13 +54,14 @@ from torch import Tensor
 
 from bmojo.config import ModelConfig
 from bmojo.errors import ConfigError, StateError
+from bmojo.memory.attention import Attention
 from bmojo.memory.engines import Block, decode, encode
 from bmojo.memory.engines.block import frame_length, with_id
 from bmojo.memory.layout import Layout
 from bmojo.memory.read import Slots
 from bmojo.memory.step import Step
 from bmojo.memory.store import Store
-from bmojo.ops.attention import put
+from bmojo.ops.attention import last_weights, put
 from bmojo.ops.rope import rope_table, rotate
 
 NOWHERE = -(2**40)  # where a block of another source starts: no window hides it, and no slot holds it
@@ -81,14 +83,20 @@ class Own:
         self.blocks.append(block)
         self._keys = None
 
-    def scores(self, asking: np.ndarray) -> list[float]:
-        """Of each block, for tokens asking [n, D]."""
-        if not self.blocks:
-            return []
-        if self._keys is None:
+    def best(self, asking: np.ndarray, before: int, count: int) -> list[tuple[float, Block]]:
+        """The `count` blocks of highest score that start before `before`, for tokens asking [n, D], and any that equal
+        the last."""
+        if self._keys is None and self.blocks:
             self._keys = np.stack([block.keys for block in self.blocks]).astype(asking.dtype)
-        products = asking @ self._keys.reshape(-1, self._keys.shape[-1]).T
-        return products.reshape(len(asking), *self._keys.shape[:2]).max((0, 2)).tolist()
+        until = bisect.bisect_left(self.blocks, before, key=lambda block: block.start)
+        if not until:
+            return []
+        assert self._keys is not None
+        keys = self._keys[:until]
+        score = (asking @ keys.reshape(-1, keys.shape[-1]).T).reshape(len(asking), *keys.shape[:2]).max((0, 2))
+        least = np.partition(score, -count)[-count] if until > count else -np.inf
+        best = np.flatnonzero(score >= least)
+        return [(float(score[i]), self.blocks[i]) for i in best]
 
     def release(self, start: int) -> list[Block]:
         """Forget the blocks that start before `start`: those."""
@@ -198,13 +206,13 @@ class Mark:
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Mark:
         """The inverse. Raises StateError for what is none of its work."""
         try:
-            facts = json.loads(tensors["facts"].numpy().tobytes())
+            facts = json.loads(tensors["facts"].cpu().numpy().tobytes())
             rows = {name: tuple(facts[name]) for name in cls._ROWS}
             parts: dict[str, dict[int, list[tuple[Block, ...]]]] = {"found": {}, "own": {}}
             for name in sorted(tensors, key=_by_number):
                 kind, *where = name.split(".")
                 if kind in parts:
-                    parts[kind].setdefault(int(where[0]), []).append(_blocks(tensors[name].numpy().tobytes()))
+                    parts[kind].setdefault(int(where[0]), []).append(_blocks(tensors[name].cpu().numpy().tobytes()))
             found, own = ({layer: tuple(all_rows) for layer, all_rows in parts[kind].items()} for kind in parts)
             rings = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in RINGS}
             return cls(generation=facts["generation"], rings=rings, found=found, own=own, **rows)
@@ -266,9 +274,10 @@ class Geometry:
 
     def found_by(self, k: Tensor, score: Tensor | None) -> Tensor:
         """What blocks are found by [..., r, D], from keys [..., block, K, P] not turned, and scores [..., block]."""
-        k = self.turn(k, torch.arange(self.block, device=k.device)).flatten(-2)
+        count = k.shape[-3]
+        k = self.turn(k, torch.arange(count, device=k.device)).flatten(-2)
         if score is None:
-            return torch.stack([part.mean(-2) for part in k.tensor_split(self.keys, -2)], -2)
+            return torch.stack([part.mean(-2) for part in k.tensor_split(min(self.keys, count), -2)], -2)
         index = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., : self.keys]
         return k.gather(-2, index[..., None].expand(*index.shape, k.shape[-1]))
 
@@ -281,6 +290,7 @@ class Storage:
     distractors   for training: every row may find the blocks of all other rows of the call
     keep          False, for training: nothing outlasts the call
     write         False: nothing is handed to the store; the session keeps its own
+    find          False: nothing is read from it; so what a document leaves there does not depend on what else it holds
     dtype         of what is stored. What is read again has been rounded to it, in the call that hands it over too, so
                   that any way of cutting a stream into calls gives the same.
 
@@ -291,8 +301,12 @@ class Storage:
     logits.
     What is deleted from the store is gone from replays too.
 
+    `attention`, if one is given to it, notes what the tokens of decoding steps attend to.
+
     Raises ConfigError for a model without storage layers.
     """
+
+    attention: Attention | None = None
 
     def __init__(
         self,
@@ -305,6 +319,7 @@ class Storage:
         keep: bool = True,
         dtype: torch.dtype = torch.float16,
         write: bool = True,
+        find: bool = True,
         record: list[Pin] | None = None,
         replay: Sequence[Pin] | None = None,
     ) -> None:
@@ -316,7 +331,7 @@ class Storage:
         if distractors and keep:
             raise ConfigError("distractors are the other rows of a call in training: use keep=False with them")
         self.config, self.store, self.dtype, self.distractors, self.keep = config, store, dtype, distractors, keep
-        self.write = write and replay is None
+        self.write, self.find = write and replay is None, find
         self.sources = [f"stream-{row}" for row in range(rows)] if sources is None else list(sources)
         if len(set(self.sources)) != rows:
             raise ConfigError(f"sources must be {rows} different names, one a row, got {self.sources}")
@@ -361,6 +376,11 @@ class Storage:
             own={layer: tuple(map(self._with_ids, kept.own)) for layer, kept in self.layers.items()},
         )
 
+    def settle(self) -> None:
+        """Wait until the store has what was handed over; a mark made then tells all about it."""
+        if self.store is not None and self.write:
+            self.store.flush()
+
     def back(self, mark: Mark) -> None:
         """Go back to a mark of this session, to read the same tokens again: what they had handed over is not handed
         over twice. Raises StateError if the mark is of other rows or layers."""
@@ -371,6 +391,7 @@ class Storage:
             )
         self.sources, self.ancestors, self.positions = list(mark.sources), list(mark.ancestors), list(mark.positions)
         self._handed, self.released, self.generation = list(mark.handed), mark.released, mark.generation
+        self._most = [max(counts) for counts in zip(self._most, self._handed, strict=True)]
         self._tokens = mark.rings["tokens"].clone() if "tokens" in mark.rings else None
         for layer, kept in self.layers.items():
             asking, score = (mark.rings.get(f"{name}.{layer}") for name in ("asking", "score"))
@@ -385,13 +406,14 @@ class Storage:
         self.back(mark)
         if self.store is None or not self.write:
             return
-        self.store.flush()
+        self.settle()
         self._most = list(self._handed)
         self._branch([row for row, name in enumerate(self.sources) if self.store.count(name) != self._handed[row]])
 
     def fork(self, *, write: bool = True) -> Storage:
         """A second session that goes on from here. If it hands anything over, that is of another branch."""
         other = Storage(self.config, self.rows, store=self.store, dtype=self.dtype, write=write)
+        self.settle()
         other.restore(self.mark())
         if write and self.store is not None:
             other._branch(range(self.rows))
@@ -424,6 +446,8 @@ class Storage:
         if isinstance(at, Step):
             ring = ids.new_full((self.rows, size), -1) if self._tokens is None else self._tokens
             self._tokens = put(ring, at.position % size, ids[:, 0])
+            if self.attention is not None:
+                self.attention.tokens += self.rows
             after = [position + 1 for position in at.positions]
         else:
             if at.packed:
@@ -442,8 +466,8 @@ class Storage:
 
     def read(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, held: Tensor | None, layout: Layout
-    ) -> Slots:
-        """What the queries q [B, L, H, P] of a call read from storage. What they complete is handed over.
+    ) -> Slots | None:
+        """What the queries q [B, L, H, P] of a call read from storage, if anything; what they complete is handed over.
 
         k, v [B, W + L, K, P]: keys and values of the call behind those of the window before it, k turned by true
         positions, as q is; score [B, L] of admission, or None; held [B, N, E]: the positions in each chunk's slots.
@@ -460,6 +484,11 @@ class Storage:
         keys = self._rounded(g.found_by(k, None if scores is None else scores[:, g.block + place]))  # [B, U, r, D]
         parts = k, v, first, row[:, None].expand_as(first), torch.full_like(first, g.block)
         near = Pool(*(z.flatten(0, 1) for z in parts))
+
+        if not self.find:
+            kept.score = None if scores is None else layout.ring(scores, g.block)
+            self._made(layer, near, keys, scores, place, done)
+            return None
 
         slot = torch.arange(0, layout.slots, g.stride, device=device)  # where strides begin
         begin = layout.position[:, :: g.stride]
@@ -518,7 +547,7 @@ class Storage:
             kept.asking = q.new_zeros(self.rows, g.queries, q[0].numel())
         if kept.score is None and score is not None:
             kept.score = score.new_zeros(self.rows, g.block)
-        due = [row for row, p in enumerate(position) if p % g.stride == 0]
+        due = [row for row, p in enumerate(position) if p % g.stride == 0 and self.find]
         if due:
             self._find_due(layer, due, position, q)
         if kept.laid is None:
@@ -535,6 +564,22 @@ class Storage:
         if laid.newest <= min(position) - g.window:
             return laid.k, laid.v, laid.seen
         return laid.k, laid.v, laid.seen & (laid.position <= (at.position - g.window)[:, None])
+
+    def attended(self, layer: int, q: Tensor, keys: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+        """Note the weights that the queries q [B, H, P] of a step give to the last of the sets of keys, those found."""
+        assert self.attention is not None
+        weights = last_weights(q, keys, masks) / len(self.layers)
+        for found, mine in zip(self.layers[layer].found, weights, strict=True):
+            self.attention.add(found, mine.unflatten(-1, (-1, self.config.storage_block)).double().cpu().numpy())
+
+    def finish(self, state: Sequence[dict[str, Tensor]]) -> None:
+        """A document is at its end: hand over what is left of it, less than a block. `state`: the layers' states."""
+        size = self.config.storage_block
+        for layer in self.layers:
+            k, v = state[layer]["k"], state[layer]["v"]
+            for row, position in enumerate(self.positions):
+                if position % size:
+                    self._make(layer, row, position - 1, k, v)
 
     # finding
     def _far(
@@ -574,8 +619,8 @@ class Storage:
         asks = asking.detach().cpu().to(torch.promote_types(asking.dtype, torch.float32)).numpy()
         mine: list[list[tuple[float, int, int, Block | None]]] = []
         for (row, begin), each in zip(strides, asks, strict=True):
-            limit, pairs = begin + g.stride - g.window, zip(own[row].scores(each), own[row].blocks, strict=True)
-            mine.append([(s, 1, block.start, block) for s, block in pairs if block.start < limit])
+            kept = own[row].best(each, begin + g.stride - g.window, g.blocks)
+            mine.append([(score, 1, block.start, block) for score, block in kept])
         want = g.blocks + max(len(own[row].blocks) for row, _ in strides)
         while True:
             theirs = [[]] * len(mine) if self.store is None else self.store.search(layer, asks, want, self.generation)
@@ -724,10 +769,11 @@ class Storage:
         return made
 
     def _make(self, layer: int, row: int, position: int, k: Tensor, v: Tensor) -> None:
-        """Hand over the block that ends at `position`, out of the window's rings."""
+        """Hand over the block up to `position`, out of the window's rings."""
         g, kept = self.geometry[layer], self.layers[layer]
         assert self._tokens is not None
-        positions = torch.arange(position + 1 - g.block, position + 1, device=k.device)
+        start = position - position % g.block
+        positions = torch.arange(start, position + 1, device=k.device)
         ring, place = positions % g.window, positions % g.block
         block_k = self._rounded(g.turn(k[row, ring], -positions))
         score = None if kept.score is None else kept.score[row, place]
@@ -792,7 +838,7 @@ def _key(block: Block) -> tuple[str, int, int]:
 
 
 def _bytes(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
 def _blocks(data: bytes) -> tuple[Block, ...]:

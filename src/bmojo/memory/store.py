@@ -7,16 +7,54 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
+from bmojo.config import ModelConfig
 from bmojo.errors import StoreError
-from bmojo.memory.engines import Block, Engine
+from bmojo.memory.engines import Block, Engine, open_store
 
 WAITING = 1024  # blocks that may wait to be written before who hands over more has to wait
 AT_ONCE = 64  # blocks of one commit
 REMEMBERED = 256  # blocks kept as they were read
+
+
+# settings that change what is read, or how a model is trained, not what is stored
+_READING = {"storage_stride", "storage_queries", "storage_blocks", "head_loss_weight", "admission_loss_weight"}
+
+
+class Model(Protocol):
+    """Whose blocks a store holds: a `BMojoLM`."""
+
+    config: ModelConfig
+
+    def fingerprint(self) -> str: ...
+
+
+def meta_of(model: Model) -> dict[str, Any]:
+    """What the blocks of a store must fit: the settings that they depend on, and the weights."""
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in _READING}
+    return {**settings, "weights": model.fingerprint()}
+
+
+def stored_settings(path: str | Path) -> dict[str, Any] | None:
+    """The settings of storage of the store at `path`, which a model must have to use it; None if there is no store."""
+    if "://" not in str(path) and not (Path(path) / "meta.json").exists():
+        return None
+    try:
+        with open_store(path, mode="r") as engine:
+            meta = engine.meta
+    except StoreError:
+        if "://" in str(path):
+            return None  # not made yet, or what is wrong is said when it is opened
+        raise
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in meta.items()
+        if name.startswith("storage_")
+    }
 
 
 class Store:
@@ -34,6 +72,17 @@ class Store:
         self._queue: queue.Queue[tuple[Block, Callable[[Block, int], None]] | None] = queue.Queue(WAITING)
         self._writer: threading.Thread | None = None
         self._failed: BaseException | None = None
+
+    @classmethod
+    def open(
+        cls, path: str | Path, model: Model, *, mode: str = "a", engine: str | None = None, publish: float = 1.0,
+        sync: str = "second",
+    ) -> Store:  # fmt: skip
+        """The store at `path` (see `open_store`), which must be one of this model; with mode "a" a new one if there is
+        none. Raises StoreError, which names what differs, for that of another."""
+        meta = meta_of(model)
+        opened = open_store(path, meta=meta, engine=engine, mode=mode, publish=publish, sync=sync)
+        return cls(opened, fingerprint=meta["weights"], publish=publish)
 
     def put(self, block: Block, done: Callable[[Block, int], None]) -> None:
         """Write a block; then, in the writer's thread, call done(block, id)."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from bmojo.config import ModelConfig
 from bmojo.errors import ConfigError
 from bmojo.memory.state import MemoryState
+from bmojo.memory.storage import Storage
 from bmojo.nn.model import BMojoLM
 
 WARM_UP = 3  # steps before the capture, in which libraries choose their algorithms and allocate
@@ -22,17 +23,23 @@ class Decoder:
     past, whose cache grows. Raises ConfigError for such a model if `static` is True.
 
     `state` is a value: it does not change when the decoder reads on. Assigning one goes back, or on to another.
+    `storage` goes with it, and is the caller's to put back; it is looked after on the host, so nothing is captured.
     """
 
     @torch.inference_mode(False)  # its buffers are written to in any mode
-    def __init__(self, model: BMojoLM, state: MemoryState, *, static: bool | None = None) -> None:
+    def __init__(
+        self, model: BMojoLM, state: MemoryState, *, static: bool | None = None, storage: Storage | None = None
+    ) -> None:
         on_gpu, bounded = state.position.device.type == "cuda", _bounded(model.config)
         if static and not bounded:
             raise ConfigError(
                 "a model with layers that keep the whole past has a state that grows, expected one of constant size; "
                 "use static=False or a window"
             )
-        self.model, self.static = model, on_gpu and bounded if static is None else static
+        if static and storage is not None:
+            raise ConfigError("what storage finds is looked after on the host; use static=False with it")
+        self.model, self.static = model, on_gpu and bounded and storage is None if static is None else static
+        self.storage = storage
         self._state = state.clone()
         self._token = torch.zeros(state.batch_size, 1, dtype=torch.int64, device=state.position.device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -59,7 +66,7 @@ class Decoder:
         return self._logits
 
     def _step(self) -> Tensor:
-        logits, state = self.model(self._token, self._state, donate=True)
+        logits, state = self.model(self._token, self._state, donate=True, storage=self.storage)
         if self.static:
             self._write(state)
         else:

@@ -295,8 +295,9 @@ class Mixer(nn.Module):
         seen = slots
         if storage is not None and self.index in storage.layers:
             stored = storage.read(self.index, self._plain(q), k, v, score, held, layout)
-            stored = replace(stored, k=self._as_compared(stored.k))
-            seen = stored if slots is None else slots.join(stored)
+            if stored is not None:
+                stored = replace(stored, k=self._as_compared(stored.k))
+                seen = stored if slots is None else slots.join(stored)
         usage = self.admission is not None and trace is not None and odds.requires_grad
         o, used = read(q, sources, seen, layout, usage=usage)
         if used is not None:
@@ -409,6 +410,8 @@ class Mixer(nn.Module):
                 keys.append(self._as_compared(found[0]))
                 values.append(found[1])
                 masks.append(found[2])
+                if storage.attention is not None:
+                    storage.attended(self.index, q, keys, masks)
         return attend_rows(q, keys, values, masks), new
 
     def _admit(self, score: Tensor, new: State, state: State, at: Step) -> State:

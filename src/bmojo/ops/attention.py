@@ -46,6 +46,15 @@ def largest_weights(q: Tensor, k: Tensor, mask: Tensor, count: int) -> Tensor:
     return largest
 
 
+def last_weights(q: Tensor, keys: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
+    """The softmax weights [batch, heads, n] of one query a head, q [batch, heads, head_dim], for the last of the sets
+    of `keys` [batch, n, kv_heads, head_dim] with `masks` [batch, n]."""
+    k = repeat_groups(torch.cat([z.to(q.dtype) for z in keys], 1), q.shape[1])
+    scores = torch.einsum("bhd,bnhd->bhn", q, k) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~torch.cat(list(masks), 1)[:, None], -torch.inf).softmax(-1)
+    return weights[..., -keys[-1].shape[1] :]
+
+
 # PyTorch's fused kernels are none of XLA's: it fuses what it is given
 attend = dispatched(chunked=attend_chunked, naive=attend_naive, fused={"xla": "bmojo.ops.attention:attend_naive"})
 

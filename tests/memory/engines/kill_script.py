@@ -2,8 +2,8 @@
 
     python tests/memory/engines/kill_script.py FOLDER ENGINE FIRST_SEED KILLS
 
-A writer tells by a pipe what it is about to do, and that it is done. What was done must be there, the one thing that was
-being done wholly or not at all. Prints how often each thing was interrupted.
+A writer tells by a pipe what it is about to do, and that it is done. What was done must be there, the one thing that
+was being done wholly or not at all. Prints how often each thing was interrupted.
 """
 
 import os

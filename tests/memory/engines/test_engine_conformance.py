@@ -205,6 +205,19 @@ def test_ties_go_to_the_newer(store, rng):
     assert found.id.tolist() == [[3, 2]]
 
 
+def test_tiny_and_huge_numbers(store, rng):
+    keys = np.array([[0] * DIM, [6e-8] * DIM, [65504] * DIM, [-65504] * DIM], np.float16)
+    store.put(
+        [block(rng, keys=1, layer=0)] + [dataclasses.replace(block(rng), layer=1, keys=key[None]) for key in keys]
+    )
+    queries = np.array([[1e-30] * DIM, [65504] * DIM, [-0.0] * DIM], np.float32)
+    found = store.search(1, queries, 4, generation=published(store, 4))
+    assert found.id[1].tolist() == [3, 2, 1, 4]
+    np.testing.assert_allclose(found.score[1], DIM * 65504 * keys[[2, 1, 0, 3], 0].astype(np.float32), rtol=EPS)
+    assert (abs(found.score[[0, 2]]) < 1e-20).all()
+    assert found.id[2].tolist() == [4, 3, 2, 1]
+
+
 def test_later_blocks_do_not_change_a_pinned_search(store, rng):
     stored = dict(enumerate(blocks(rng, 12)))
     store.put([*stored.values()])

@@ -61,6 +61,9 @@ def test_the_graph_finds_what_an_exact_search_finds_in_ranges_too(url, rng):
                 [len(set(f) & set(e)) / 10 for f, e in zip(found.id.tolist(), every.id.tolist(), strict=True)]
             )
             assert recall > 0.9, (generation, after)
+        store._reader.execute("set hnsw.max_scan_tuples = 1")  # pgvector gives up; the search does not
+        found, every = (e.search(1, queries, 30, generation=399, after=350) for e in (store, exact))
+        assert [*map(set, found.id.tolist())] == [*map(set, every.id.tolist())]
         plan = store._ask(
             "explain select block from keys where layer = 1 order by key <#> %s::halfvec limit 5", str([0.0] * 16)
         )
@@ -131,8 +134,10 @@ def test_a_writer_that_is_gone_leaves_no_lock(url, admin):
         ("postgresql://nobody@127.0.0.1:nine/db", "invalid"),
         ("postgresql:///db?host=/nowhere/at/all", "at /nowhere/at/all/db: .*No such file"),
         ("postgresql:///db?hots=x", "hots"),
-        ("postgresql://[::1/db", "no URL"),
+        ("postgresql://[::1/db", "can't be read"),
         ("postgresql:///db?index=hsnw", "did you mean 'hnsw'"),
+        ("postgresql:///db?store=" + 32 * "é", "1 to 63 bytes"),
+        ("postgresql:///db?store=", "1 to 63 bytes"),
         ("postgresql:///db?index=hnsw&ef_search=many", "ef_search='many'.* 1 to 1000"),
     ],
 )
@@ -167,6 +172,24 @@ def test_a_database_without_the_extension(postgres, admin):
         open_pgvector(other.replace("postgres:@", f"{name}@"), mode="a")  # to read another's store
     admin.execute(f"drop database {name}")
     admin.execute(f"drop role {name}")
+
+
+def test_others_read_what_they_are_granted(url, admin, rng):
+    name = url.rpartition("=")[2]
+    with open_pgvector(url, mode="a") as store:
+        store.put(some_blocks(rng, 20))
+    admin.execute(f"create role {name} login")
+    other = url.replace("postgres:@", f"{name}@")
+    with pytest.raises(StoreError, match="permission denied"):
+        open_pgvector(other)
+    admin.execute(f"grant usage on schema {name} to {name}; grant select on all tables in schema {name} to {name}")
+    with open_pgvector(f"{other}&options=-c%20work_mem%3D7MB") as store:
+        assert store.search(0, np.ones((1, 16), np.float32), 9, generation=store.pin()).id.max() >= 0
+        assert len(store.get([0, 1])) == 2
+        assert store.stats()["blocks"] == 20
+        assert store._ask("show work_mem") == [("7MB",)]
+    with pytest.raises(StoreError, match="permission denied"):
+        open_pgvector(other, mode="a").put(some_blocks(rng, 1))
 
 
 def test_stores_of_other_formats(url, admin):

@@ -11,6 +11,7 @@ used again.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -159,9 +160,19 @@ def check_meta(stored: dict[str, Any], given: dict[str, Any] | None, where: str)
     """Raises StoreError that tells what differs, unless `given` (None: anything) is what the store was made with."""
     if given is None or stored == (given := json.loads(json.dumps(given))):  # in JSON, tuples are lists
         return
+    stored, given = dict(_settings(stored)), dict(_settings(given))
     names = sorted(name for name in stored.keys() | given.keys() if stored.get(name) != given.get(name))
     told = "; ".join(f"{name}: the store has {stored.get(name)!r}, asked for {given.get(name)!r}" for name in names)
     raise StoreError(f"{where} is the store of another model or configuration: {told}; use another store")
+
+
+def _settings(meta: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Its values that are no dictionaries, by name: {"config": {"window": 64}} gives "config.window"."""
+    for name, value in meta.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def no_source(source: str, known: Iterable[str]) -> StoreError:
@@ -190,6 +201,26 @@ def rank_blocks(keys: np.ndarray, owner: np.ndarray, queries: np.ndarray, count:
         best = best_blocks(score, owner, count)
         result.score[row, : len(best)], result.id[row, : len(best)] = score[best], owner[best]
     return result
+
+
+def recall(engine: Engine, layer: int, queries: np.ndarray, count: int, *, generation: int) -> float:
+    """The share of the `count` best blocks for each of `queries` [n, dim] that a search finds: 1 for an exact one.
+
+    The best are those of `rank_blocks`, of all blocks up to `generation`, which are read for it.
+    """
+    best = [Found(np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64))]
+    blocks = (b for b in engine.scan() if b.layer == layer and b.id <= generation)
+    while some := list(itertools.islice(blocks, 1000)):
+        owner = np.repeat(np.array([b.id for b in some], np.int64), [len(b.keys) for b in some])
+        best.append(rank_blocks(np.concatenate([b.keys for b in some]), owner, queries, count))
+    score, number = (np.concatenate(parts, axis=1) for parts in zip(*best, strict=True))
+    found = engine.search(layer, queries, count, generation=generation).id
+    hits = wanted = 0
+    for row in range(len(queries)):
+        exact = number[row][np.lexsort((-number[row], -score[row]))][:count]
+        exact = exact[exact >= 0]
+        hits, wanted = hits + int(np.isin(exact, found[row]).sum()), wanted + len(exact)
+    return hits / wanted if wanted else 1.0
 
 
 class MemoryEngine(Engine):

@@ -21,7 +21,7 @@ from google_crc32c import extend
 
 from bmojo.errors import MissingPackageError
 from bmojo.files import optional_module
-from bmojo.memory.engines.engine import Found
+from bmojo.memory.engines.engine import Found, best_blocks
 
 PART = 65536
 MANY = 4 * PART  # keys; a query of that many that are flat takes 2 to 9 ms, of inverted ones 0.1 to 0.4 ms
@@ -176,7 +176,7 @@ class InvertedPart(Part):
 
     def save(self, path: Path) -> None:
         """To `path` and, checked by it, path.npz: both or none, but for a death of the process between them."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{os.getpid()}.{path.name}")
         try:
             self._faiss.write_index(self._index, str(temporary))
             with open(temporary.with_suffix(".npz"), "wb") as file:
@@ -239,7 +239,7 @@ class Index:
             self._each = max(self._each, int(np.unique(owner, return_counts=True)[1].max()))
             self.last = int(owner[-1])
         while len(owner):
-            if not self._parts or self._parts[-1].rows == PART:
+            if not self._parts or not isinstance(self._parts[-1], FlatPart) or self._parts[-1].rows == PART:
                 self._parts.append(NumpyPart(self.dim) if self._faiss is None else FaissPart(self.dim, self._faiss))
             room = PART - self._parts[-1].rows
             self._parts[-1].add(keys[:room], owner[:room], source[:room])
@@ -280,7 +280,10 @@ class Index:
             part = flat.pop(0)
             inverted.add(part.keys, part.owner[: part.rows], part.source[: part.rows])
         if path is not None:
-            inverted.save(path)
+            try:
+                inverted.save(path)
+            except (OSError, RuntimeError) as error:
+                warnings.warn(f"{path} can't be kept ({error}): it is made again at the next opening", stacklevel=2)
 
     def drop(self, sources: Collection[int]) -> None:
         """Forget the keys of these sources."""
@@ -310,10 +313,7 @@ def _fold(score: np.ndarray, owner: np.ndarray, count: int) -> Found:
     """The best key of each block, of keys [queries, any]."""
     best = Found(np.full((len(score), count), -np.inf, np.float32), np.full((len(score), count), -1, np.int64))
     for row in range(len(score)):
-        order = np.lexsort((-owner[row], -score[row]))
-        ids = owner[row][order]
-        _, first = np.unique(ids, return_index=True)
-        first = np.sort(first)[:count]
-        first = first[ids[first] >= 0]
-        best.score[row, : len(first)], best.id[row, : len(first)] = score[row][order[first]], ids[first]
+        order = best_blocks(score[row], owner[row], count)
+        order = order[owner[row][order] >= 0]
+        best.score[row, : len(order)], best.id[row, : len(order)] = score[row][order], owner[row][order]
     return best

@@ -17,6 +17,7 @@ from bmojo.memory.engines.log import CHUNK, LAST, TABLES, Log, Row
 
 MAP_SIZE = 1 << 40  # of addresses; the file is as large as what is in it
 RESIDENT = 64 << 20  # bytes of the map, by estimate, before its pages are let go
+DEPTH = 3 << 12  # bytes of the tree's pages that are read for an entry
 AROUND = 16  # pages that Linux maps for each that is read
 _open: dict[str, tuple[Any, int]] = {}  # LMDB must open a file only once a process: environment and users by path
 _open_lock = threading.Lock()
@@ -39,6 +40,8 @@ class LMDBLog(Log):
                 # LMDB does not notice where its file ends, and reading there kills the process
                 if path.stat().st_size < (promised := self._promised()):
                     raise StoreError(_cut(path, promised))
+                self._env.reader_check()  # slots of readers that were killed
+                self._mapped = _mapped(self._name)
                 self._tables = {name: env.open_db(name.encode(), create=new) for name in TABLES}
         except BaseException:
             self.close()
@@ -84,7 +87,7 @@ class LMDBLog(Log):
     def get(self, table: str, numbers: Sequence[int]) -> list[bytes | None]:
         with self._told(), self._env.begin(db=self._tables[table]) as transaction:
             found = [transaction.get(number.to_bytes(8, "big")) if 0 <= number <= LAST else None for number in numbers]
-        self._let_go(sum(len(value) for value in found if value is not None))
+        self._let_go(sum(len(value) for value in found if value is not None), len(found))
         return found
 
     def scan(self, table: str, first: int = 0, last: int = LAST) -> Iterator[tuple[int, bytes]]:
@@ -99,23 +102,19 @@ class LMDBLog(Log):
                         rows.append((number, value))
                         if (size := size + len(value)) > CHUNK:
                             break
-            self._let_go(size)
+            self._let_go(size, 1)
             yield from rows
             if size <= CHUNK:
                 return
             first = rows[-1][0] + 1
 
-    def _let_go(self, size: int) -> None:
+    def _let_go(self, size: int, entries: int) -> None:
         """Once in a while give back the pages of the map, which else stay with the process as long as memory lasts."""
-        self._read += size * AROUND
-        if self._read > RESIDENT and sys.platform == "linux":
+        self._read += (size + entries * DEPTH) * AROUND
+        if self._read > RESIDENT:
             self._read = 0
-            libc = ctypes.CDLL(None)
-            with open("/proc/self/maps") as maps:
-                for line in maps:
-                    if line.rstrip("\n").endswith(self._name):
-                        first, last = (int(part, 16) for part in line.split()[0].split("-"))
-                        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), 4)  # MADV_DONTNEED
+            for first, length in self._mapped:
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), 4)  # MADV_DONTNEED
 
     def sync(self) -> None:
         with self._told():
@@ -132,6 +131,15 @@ class LMDBLog(Log):
             else:
                 del _open[self._name]
                 env.close()
+
+
+def _mapped(name: str) -> list[tuple[int, int]]:
+    """Where in memory a file is mapped: first bytes, and lengths. Known on Linux."""
+    if sys.platform != "linux":
+        return []
+    with open("/proc/self/maps") as maps:
+        ranges = [line.split()[0].split("-") for line in maps if line.rstrip("\n").endswith(f" {name}")]
+    return [(int(first, 16), int(last, 16) - int(first, 16)) for first, last in ranges]
 
 
 def _cut(path: Path, promised: int) -> str:

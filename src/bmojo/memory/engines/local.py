@@ -21,6 +21,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ LOGS: dict[str, type[Log]] = {"lmdb": LMDBLog, "sqlite": SQLiteLog}
 SOURCE = b"bmjS"  # magic of the frame of what is known of a source
 IDS = 40  # bits of an id in the number of a key's entry, below its layer's
 BATCH = 4096  # blocks that an index takes up at a time
+LEFT = ("log-*", "index-*", ".*.index-*", ".meta.json.*")  # files that a process that died may have left
 COPY = 64 << 20  # bytes that compact writes at a time
 
 
@@ -146,10 +148,19 @@ def block_rows(block: Block, number: int, session: int) -> list[Row]:
 
 def read_keys(value: bytes, dim: int) -> tuple[int, np.ndarray]:
     """The number of the source, and the keys float16 [r, dim], of an entry of the table "keys"."""
-    checksum, number = struct.unpack_from("<II", value)
-    if crc32c(value[4:]) != checksum:
-        raise StoreError("the keys of a block are damaged")
+    if len(value) < 8 or crc32c(value[4:]) != int.from_bytes(value[:4], "little"):
+        raise StoreError("its keys are damaged")
+    number = int.from_bytes(value[4:8], "little")
     return number, np.frombuffer(value, "<f2", offset=8).reshape(-1, dim)
+
+
+@contextmanager
+def named(log: Log, number: int) -> Iterator[None]:
+    """Tells the log and the block of what is damaged."""
+    try:
+        yield
+    except StoreError as error:
+        raise StoreError(f"{log.path}: block {number}: {error}; run bmojo store verify --repair") from error
 
 
 def in_tables(rows: list[Row]) -> list[Row]:
@@ -167,6 +178,7 @@ class LocalEngine(Engine):
         self._closed, self._dirty = threading.Event(), False
         self._indexes: dict[int, Index] = {}
         self._pinned, self._looked = -1, -float("inf")
+        self._failed: StoreError | None = None  # what the thread that syncs met
         self._stamp: Any = None
         self._log: Log | None = None
         self._manifest = Manifest.read(folder)
@@ -186,17 +198,19 @@ class LocalEngine(Engine):
         state = State.read(self._open_log)
         self._state = state._replace(session=state.session + 1)
         self._open_log.write([self._state.row()])
-        self._records = {record.number: record for record in self._read_sources()}
+        self._records = {record.source: record for record in self._read_sources()}
         if self._sync == "second":
             threading.Thread(target=self._sync_often, name="bmojo store", daemon=True).start()
 
     def _sync_often(self) -> None:
-        while not self._closed.wait(1.0):
-            if self._dirty:
-                self._dirty = False
-                with self._lock:
-                    if not self._closed.is_set():
+        while self._failed is None and not self._closed.wait(1.0):
+            with self._lock:
+                if self._dirty and not self._closed.is_set():
+                    self._dirty = False
+                    try:
                         self._open_log.sync()
+                    except StoreError as error:
+                        self._failed = error
 
     def _refresh(self) -> None:
         """Take notice of what another process has deleted or compacted."""
@@ -242,6 +256,8 @@ class LocalEngine(Engine):
     def _writing(self) -> None:
         if self._lock_file is None:
             raise StoreError(f"{self.folder} was opened to be read; open it for writing to change it")
+        if self._failed is not None:
+            raise self._failed
         self._refresh()
 
     # blocks
@@ -249,28 +265,30 @@ class LocalEngine(Engine):
     def put(self, blocks: Sequence[Block]) -> list[int]:
         with self._lock:
             self._writing()
-            state = self._state
-            dim = check_blocks(blocks, state.dim or None) or 0
-            numbers = {record.source: number for number, record in self._records.items()} if blocks else {}
-            changed: dict[int, Source] = {}
-            rows: list[Row] = []
+            state, changed, rows = self._state, dict[str, Source](), list[Row]()
+            dim = check_blocks(blocks, state.dim or None)
             ids = list(range(state.next, state.next + len(blocks)))
-            if not ids:
+            if dim is None or not ids:
                 return ids
             for number, block in zip(ids, blocks, strict=True):
-                source = numbers.setdefault(block.source, state.sources)
-                state = state._replace(sources=max(state.sources, source + 1))
-                record = changed.get(source) or self._records.get(source) or Source(source, block.source)
-                changed[source] = record._replace(
-                    blocks=record.blocks + 1, tokens=record.tokens + len(block.tokens), last=number,
+                record, state = self._record(block.source, changed, state)
+                changed[block.source] = record._replace(
+                    blocks=record.blocks + 1,
+                    tokens=record.tokens + len(block.tokens),
+                    last=number,
                     version=record.version + 1,
-                )  # fmt: skip
-                rows += block_rows(with_id(block, number), source, state.session)
-            state = state._replace(next=state.next + len(blocks), dim=dim)
-            self._write(rows, changed, state)
+                )
+                rows += block_rows(with_id(block, number), record.number, state.session)
+            self._write(rows, changed, state._replace(next=state.next + len(blocks), dim=dim))
         return ids
 
-    def _write(self, rows: list[Row], changed: dict[int, Source], state: State) -> None:
+    def _record(self, source: str, changed: dict[str, Source], state: State) -> tuple[Source, State]:
+        record = changed.get(source) or self._records.get(source)
+        if record is None:
+            return Source(state.sources, source), state._replace(sources=state.sources + 1)
+        return record, state
+
+    def _write(self, rows: list[Row], changed: dict[str, Source], state: State) -> None:
         try:
             records = [record.row(state.session) for record in changed.values()]
             self._open_log.write(in_tables([*rows, *records, state.row()]))
@@ -296,10 +314,8 @@ class LocalEngine(Engine):
         return found
 
     def _decode(self, log: Log, number: int, value: bytes) -> Block:
-        try:
+        with named(log, number):
             return decode(value)
-        except StoreError as error:
-            raise StoreError(f"{log.path}: block {number}: {error}; run bmojo store verify --repair") from error
 
     def _is_hidden(self, block: Block) -> bool:
         return block.id <= self._hidden.get(block.source, -1)
@@ -365,12 +381,10 @@ class LocalEngine(Engine):
 
         log = self._open_log
         for number, value in log.scan("keys", layer << IDS | index.last + 1, layer << IDS | max(generation, 0)):
-            try:
+            with named(log, number % 2**IDS):
                 of, some = read_keys(value, index.dim)
-            except StoreError as error:
-                raise StoreError(f"{log.path}: {error}; run bmojo store verify --repair") from error
             if of not in self._gone:
-                owner.append(number & (1 << IDS) - 1)
+                owner.append(number % 2**IDS)
                 source.append(of)
                 keys.append(some)
                 if len(keys) == BATCH:
@@ -392,23 +406,21 @@ class LocalEngine(Engine):
         check_source(source)
         with self._lock:
             self._writing()
-            number = next((n for n, record in self._records.items() if record.source == source), self._state.sources)
-            record = self._records.get(number) or Source(number, source)
+            record, state = self._record(source, {}, self._state)
             record = record._replace(facts=record.facts | facts, version=record.version + 1)
-            state = self._state._replace(sources=max(self._state.sources, number + 1))
-            self._write([], {number: record}, state)
+            self._write([], {source: record}, state)
 
     def delete(self, source: str) -> int:
         with self._lock:
             self._writing()
-            record = next((record for record in self._records.values() if record.source == source), None)
-            if record is None:
-                raise no_source(source, [record.source for record in self._records.values()])
-            gone = Forgotten(record.number, source, self._state.next - 1)
+            if source not in self._records:
+                raise no_source(source, self._records)
+            gone = Forgotten(self._records[source].number, source, self._state.next - 1)
             self._manifest._replace(forgotten=(*self._manifest.forgotten, gone)).write(self.folder)
-            self._records = {number: record for number, record in self._records.items() if number != gone.number}
+            self._records = self._records.copy()
+            blocks = self._records.pop(source).blocks
             self._refresh()
-        return record.blocks
+        return blocks
 
     def stats(self) -> dict[str, Any]:
         sources = self.sources().values()
@@ -437,9 +449,11 @@ class LocalEngine(Engine):
         log = self._open_log
         for number, value in log.scan("frames"):
             if not self._is_hidden(block := self._decode(log, number, value)):
-                (keys,) = log.get("keys", [block.layer << IDS | number])
-                yield "frames", number, value
-                yield "keys", block.layer << IDS | number, keys or b""
+                entry = block.layer << IDS | number
+                (keys,) = log.get("keys", [entry])
+                with named(log, number):
+                    read_keys(keys or b"", self._state.dim)
+                yield from [("frames", number, value), ("keys", entry, keys or b"")]
         yield from (record.row(self._state.session) for record in self._records.values())
 
     def close(self) -> None:
@@ -464,10 +478,13 @@ def make_store(folder: Path, engine: str, meta: dict[str, Any]) -> None:
 
 def lock_writer(folder: Path) -> Any:
     """The lock of the one writer, until it is closed or its process ends. Raises StoreError if another has it."""
-    file = open(folder / "writer.lock", "a+")  # noqa: SIM115
+    try:
+        file = open(folder / "writer.lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise StoreError(f"{folder} can't be opened for writing: {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         holder = file.read().strip()
         file.close()
@@ -482,7 +499,7 @@ def lock_writer(folder: Path) -> Any:
 def clean(folder: Path) -> None:
     """Finish what a process that died has left: a store that was being made, logs that were replaced, their indexes."""
     manifest = Manifest.read(folder)
-    for path in [*folder.glob("log-*"), *folder.glob("index-*"), *folder.glob(".meta.json.*")]:
+    for path in [path for pattern in LEFT for path in folder.glob(pattern)]:
         if manifest.log is None or _number(path.name) != _number(manifest.log):
             path.unlink()
     if manifest.log is None:

@@ -12,8 +12,8 @@ A put is one transaction, published when it commits. The writer holds an advisor
 lets go of when that ends, however it ends (so no pooler in transaction mode may stand between).
 
 Searches are exact, unless the URL says `index=hnsw`: then HNSW graphs over `keys` are kept and asked. pgvector filters
-after it asked the graph, so scans are iterative, which goes on until enough blocks pass, up to `hnsw.max_scan_tuples`
-keys: where few of the nearest pass (a narrow range of ids), fewer blocks than there are may be found.
+after it asked the graph, and goes on asking until enough blocks pass, up to `hnsw.max_scan_tuples` keys and the memory
+it may use; a search that finds fewer blocks than were asked for is made again exactly.
 """
 
 from __future__ import annotations
@@ -76,10 +76,14 @@ def open_pgvector(url: str, meta: dict[str, Any] | None = None, mode: str = "r")
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise StoreError(f"{url} is no URL of a store: {error}") from error
-    asked = dict(parse_qsl(parts.query, keep_blank_values=True))
+        raise StoreError(
+            f"the URL of a store in PostgreSQL can't be read: {error}"
+        ) from error  # it may tell a password
+    asked = {"connect_timeout": "10"} | dict(parse_qsl(parts.query, keep_blank_values=True))
     name, index = asked.pop("store", "bmojo"), asked.pop("index", "flat")
     effort = asked.pop("ef_search", str(EF_SEARCH))
+    if not 0 < len(name.encode()) < 64:
+        raise StoreError(f"store={name!r} in the store's URL must be a name of 1 to 63 bytes")
     if index not in ("flat", "hnsw"):
         raise StoreError(f"index={index!r} in the store's URL: {nearest(index, ['flat', 'hnsw'])}")
     if not effort.isdecimal() or not 1 <= int(effort) <= 1000:
@@ -152,7 +156,6 @@ class PgvectorEngine(Engine):
             server,
             autocommit=True,
             prepare_threshold=None,
-            connect_timeout=10,
             application_name=f"bmojo {socket.gethostname()}:{os.getpid()}",
         )
 
@@ -258,13 +261,19 @@ class PgvectorEngine(Engine):
         if generation >= self._next:
             self._look()
         check_search(layer, queries, count, self._dim)
+        if self._effort is not None:
+            found = self._search(layer, queries, count, generation, after, "key <#> query")
+            if (found.id >= 0).all():
+                return found
+        # an order by anything but the operator itself is not read from an index
+        return self._search(layer, queries, count, generation, after, "-(key <#> query) desc, block desc")
+
+    def _search(self, layer: int, queries: np.ndarray, count: int, generation: int, after: int, order: str) -> Found:
         shape = len(queries), count
         found = Found(np.full(shape, -np.inf, np.float32), np.full(shape, -1, dtype=np.int64))
         if self._dim is None:
             return found
-        # An order by anything but the operator itself is not read from an index. Of the nearest blocks, the nearest
-        # key is among the nearest `count * most` keys.
-        order = "-(key <#> query) desc, block desc" if self._effort is None else "key <#> query"
+        # of the nearest blocks, the nearest key is among the nearest `count * most` keys
         rows = self._ask(
             f"""
             select row - 1, score, block from unnest(%s::text[]::halfvec[]) with ordinality as queries (query, row)

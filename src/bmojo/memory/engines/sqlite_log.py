@@ -89,7 +89,10 @@ class SQLiteLog(Log):
 
     def sync(self) -> None:
         with self._told():
+            (before,) = self._file.execute("PRAGMA synchronous").fetchone()
+            self._file.execute("PRAGMA synchronous = FULL")
             self._file.execute("PRAGMA wal_checkpoint(PASSIVE)")  # syncs what it moves, and the file
+            self._file.execute(f"PRAGMA synchronous = {before}")
 
     def close(self) -> None:
         with self._told():
