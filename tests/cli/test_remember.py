@@ -72,7 +72,7 @@ def test_generate_finds_cites_and_hands_over(bmojo, reader, texts, tmp_path):
     for _ in range(2):
         code, _, err = bmojo("generate", reader, "--store", store, "--stream", "diary", *options)
         assert code == 0, err
-    assert sources(store)["diary"]["tokens"] == 384
+    assert sources(store)["diary"]["tokens"] == (2 * (152 + 40) - 1) // 64 * 64
     assert len(sources(store)) == 5
     for way in (["--stride", 4], ["--stride", 64, "--blocks", 1]):
         assert bmojo("generate", reader, "--store", store, "--read-only", *way, *options)[0] == 0
@@ -84,8 +84,8 @@ def test_forgotten_text_is_not_found(bmojo, reader, texts, tmp_path):
     for i in range(4):
         bmojo("store", "forget", "--store", store, "--source", texts / f"{i}.txt")
     options = "--prompt", "Text 3: so it goes " * 8, "--max-new-tokens", 40, "--temperature", 0
-    plain = bmojo("generate", reader, *options)[1]
-    assert bmojo("generate", reader, "--store", store, "--read-only", *options)[1] == plain
+    alone = bmojo("generate", reader, "--store", tmp_path / "empty", *options)[1]
+    assert bmojo("generate", reader, "--store", store, "--read-only", *options)[1] == alone
 
 
 def test_what_is_wrong_is_said(bmojo, refused, reader, run_folder, texts, tmp_path):
@@ -93,11 +93,11 @@ def test_what_is_wrong_is_said(bmojo, refused, reader, run_folder, texts, tmp_pa
     assert "no text at 'nothing'" in refused("remember", reader, "nothing", "--store", store)
     assert "is no store of blocks" in refused("generate", reader, "--store", store, "--read-only", "--prompt", "x")
     assert "give --store" in refused("generate", reader, "--cite", "--prompt", "x")
-    code, _, err = bmojo("remember", run_folder, texts, "--store", store)
-    assert (code, "was not trained to read from storage" in err) == (0, True)
+    with pytest.warns(UserWarning, match="layer 0 does. A short training with --set storage_layers=0 teaches it"):
+        assert bmojo("remember", run_folder, texts, "--store", store)[0] == 0
     assert "weights: the store has" in refused("remember", reader, texts, "--store", store)
     with open_store(store, mode="a"):
-        assert "is being written" in refused("remember", run_folder, texts, "--store", store) or True
+        assert "is being written" in refused("remember", run_folder, texts, "--store", store)
     assert "storage_stride must divide" in refused("generate", run_folder, "--store", store, "--stride", 7)
     (store / "log-1.lmdb").write_bytes((store / "log-1.lmdb").read_bytes()[:-4096])
     assert "store verify --repair" in refused("generate", run_folder, "--store", store, "--prompt", "x")
