@@ -3,8 +3,8 @@
     scores = look_up(Streamed(model), make_task("lookup", length=1_000_000, facts=128))
 
 A haystack (`Lookup.haystack`) is read once; then every question is asked of a copy of what is remembered, so none
-learns from another. What remembers is a method: a model's state (`Streamed`), or an index of passages of the text, of
-which the best are put in front of the question (`Retrieved`).
+learns from another. What remembers is a method: a model's state (`Streamed`), its state and a store (`Stored`), or an
+index of passages of the text, of which the best are put in front of the question (`Retrieved`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from bmojo.eval.tasks import interval, require_vocabulary, wilson
 from bmojo.eval.text import predictions
 from bmojo.files import optional_module
 from bmojo.memory.state import MemoryState
+from bmojo.memory.storage import Mark, Storage
+from bmojo.memory.store import Store
 from bmojo.nn.loss import NO_LABEL
 from bmojo.nn.model import BMojoLM
 
@@ -53,15 +55,13 @@ class Method(ABC):
         """[rows, digits]: whether the most likely token is the label, where one is asked."""
         asked = labels != NO_LABEL
         prompt, state = self.prepare(tokens, asked.long().argmax(1))
-        features, _ = self.features(prompt, state)
+        features = self.features(prompt, state)
         _, told = predictions(self.model, features[:, -tokens.shape[1] :][asked], labels[asked])
         return (torch.from_numpy(told) == labels[asked].cpu()).view(len(tokens), -1).numpy()
 
-    def features(self, tokens: Tensor, state: MemoryState | None) -> tuple[Tensor, MemoryState]:
-        for part in tokens.split(SEGMENT, 1):
-            features, state = self.model.features(part, state)
-        assert state is not None
-        return features, state
+    def features(self, tokens: Tensor, state: MemoryState | None) -> Tensor:
+        """Of the last tokens, at least those of the question."""
+        return self.model.features(tokens, state)[0]
 
 
 class Streamed(Method):
@@ -79,6 +79,47 @@ class Streamed(Method):
 
     def nbytes(self) -> dict[str, int]:
         return {"state": self.state.nbytes}
+
+
+class Stored(Streamed):
+    """The state after the text, and a store of all its blocks, which every layer with storage finds again.
+
+    The text is read without looking anything up; where the last layer alone has storage, that changes neither what is
+    stored nor the state.
+    """
+
+    def __init__(self, model: BMojoLM, store: Store) -> None:
+        super().__init__(model)
+        self.store = store
+
+    def read(self, text: Tensor) -> None:
+        storage = Storage(self.model.config, store=_WriteOnly(self.store))  # type: ignore[arg-type]
+        for part in text[None].split(SEGMENT, 1):
+            _, self.state = self.model.features(part, self.state, storage=storage)
+        storage.settle()
+        time.sleep(self.store.publish)
+        self.mark = storage.mark()
+
+    def features(self, tokens: Tensor, state: MemoryState | None) -> Tensor:
+        storage = Storage(self.model.config, len(tokens), store=self.store, write=False)
+        storage.back(Mark.cat([self.mark] * len(tokens)))
+        return self.model.features(tokens, state, storage=storage)[0]
+
+    def nbytes(self) -> dict[str, int]:
+        return {**super().nbytes(), "store": self.store.stats()["bytes"]}
+
+
+class _WriteOnly:
+    """A store that finds nothing."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def search(self, layer: int, asking: np.ndarray, count: int, generation: int) -> list[list[tuple[float, int]]]:
+        return [[] for _ in asking]
 
 
 class Retrieved(Method):

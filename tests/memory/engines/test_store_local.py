@@ -216,6 +216,32 @@ def test_compaction_gives_room_back(tmp_path, engine):
         assert store.stats()["bytes"] < before / 3
 
 
+def test_what_goes_on_over_a_compaction_is_not_disturbed(tmp_path, engine, few_are_many):
+    """A scan goes on with the old log, searches with the index, from which what was forgotten is gone."""
+    rng = np.random.default_rng(0)
+    queries = rng.standard_normal((20, 16)).astype(np.float32)
+    stored = clustered(rng, 300)
+    with (
+        open_store(tmp_path, engine=engine, mode="a") as store,
+        open_store(tmp_path, publish=0) as reader,
+    ):
+        store.put(stored)
+        scan = reader.scan()
+        assert next(scan).id == 0
+        before = ids(reader, queries)
+        kept = np.array([b.source != "b" for b in stored])
+        store.delete("b")
+        store.compact()
+        now = ids(reader, queries, 300)  # it learns of both at once
+        found = set(now.ravel().tolist()) - {-1}
+        assert {stored[number].source for number in found} == {"a", "c"}
+        reader.get(sorted(found))
+        for row, (old, new) in enumerate(zip(before, now, strict=True)):
+            old = old[kept[old]]
+            assert (new[: len(old)] == old).all(), row
+        assert len(list(scan)) == 299 - (~kept)[1:].sum()
+
+
 def test_compaction_that_died_is_cleaned_up_after(tmp_path, engine):
     """Between any two of its steps: the new log half written, or written and not taken, or the old one left."""
     rng = np.random.default_rng(0)

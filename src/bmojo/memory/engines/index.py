@@ -232,6 +232,10 @@ class Index:
     def keys(self) -> int:
         return sum(part.rows for part in self._parts)
 
+    @property
+    def sources(self) -> set[int]:
+        return {int(number) for part in self._parts for number in np.unique(part.source[: part.rows])} - {-1}
+
     def add(self, keys: np.ndarray, owner: np.ndarray, source: np.ndarray) -> None:
         """Keys float16 [n, dim] of blocks with the ids `owner` int64 [n], ascending and above all before, and of the
         sources with the numbers `source` int32 [n]."""

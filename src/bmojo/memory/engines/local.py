@@ -69,6 +69,7 @@ class Manifest(NamedTuple):
     log: str | None  # None: the store is being made
     forgotten: tuple[Forgotten, ...]
     meta: dict[str, Any]
+    repaired: str | None = None  # the log that was made when the store was last repaired
 
     def write(self, folder: Path) -> None:
         content = {"format": FORMAT, **self._asdict()}
@@ -226,15 +227,17 @@ class LocalEngine(Engine):
             manifest = Manifest.read(self.folder)
             if self._log is None or manifest.log != self._manifest.log:
                 try:
-                    log = manifest.open_log(self.folder, self._sync)
+                    self._log = manifest.open_log(self.folder, self._sync)  # calls that go on keep the old one open
                 except StoreError:
                     if Manifest.read(self.folder).log == manifest.log:
                         raise
                     return self._refresh()  # compacted again meanwhile
-                if self._log is not None:
-                    self._log.close()
-                self._log = log
-                self._indexes.clear()
+                if manifest.repaired != self._manifest.repaired:
+                    self._indexes.clear()
+                else:
+                    left = {number for number, _ in self._log.scan("sources")}
+                    for index in self._indexes.values():
+                        index.drop(index.sources - left)
             self._manifest, self.meta, self._stamp = manifest, manifest.meta, stamp
             self._hidden = {entry.source: entry.upto for entry in manifest.forgotten}
             self._gone = {entry.number for entry in manifest.forgotten}
@@ -296,7 +299,7 @@ class LocalEngine(Engine):
             self._state = self._state._replace(session=self._state.session + 1)  # for the ids are given again
             raise
         self._dirty, self._state = True, state
-        self._records = self._records | changed
+        self._records |= changed
 
     def get(self, ids: Sequence[int]) -> list[Block]:
         self._refresh()
@@ -417,7 +420,6 @@ class LocalEngine(Engine):
                 raise no_source(source, self._records)
             gone = Forgotten(self._records[source].number, source, self._state.next - 1)
             self._manifest._replace(forgotten=(*self._manifest.forgotten, gone)).write(self.folder)
-            self._records = self._records.copy()
             blocks = self._records.pop(source).blocks
             self._refresh()
         return blocks
@@ -508,7 +510,7 @@ def clean(folder: Path) -> None:
         manifest._replace(log=name).write(folder)
 
 
-def replace_log(folder: Path, manifest: Manifest, rows: Iterable[Row], state: State) -> None:
+def replace_log(folder: Path, manifest: Manifest, rows: Iterable[Row], state: State, *, repaired: bool = False) -> None:
     """Put a new log with these rows in the place of the one there is. The step that counts is that of meta.json; what
     a process that dies leaves is removed when the store is next opened for writing."""
     name = f"log-{_number(manifest.log) + 1}{LOGS[manifest.engine].suffix}"
@@ -526,7 +528,7 @@ def replace_log(folder: Path, manifest: Manifest, rows: Iterable[Row], state: St
         log.sync()
     finally:
         log.close()
-    manifest._replace(log=name, forgotten=()).write(folder)
+    manifest._replace(log=name, forgotten=(), repaired=name if repaired else manifest.repaired).write(folder)
 
 
 def _number(name: str | None) -> int:

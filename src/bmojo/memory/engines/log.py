@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TABLES = ("frames", "keys", "sources", "state")
@@ -48,6 +48,10 @@ class Log(ABC):
 
     @abstractmethod
     def close(self) -> None: ...
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # it may never have been opened
+            self.close()
 
     # for salvage
 
