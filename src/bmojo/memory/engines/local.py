@@ -415,12 +415,12 @@ class LocalEngine(Engine):
     # sources
 
     def sources(self) -> dict[str, dict[str, Any]]:
+        return {one.source: {"blocks": one.blocks, "tokens": one.tokens, **one.facts} for one in self._living()}
+
+    def _living(self) -> list[Source]:
         self._refresh()
         with self._lock:
-            records = self._records.values() if self._lock_file else self._read_sources()
-            return {
-                record.source: {"blocks": record.blocks, "tokens": record.tokens, **record.facts} for record in records
-            }
+            return list(self._records.values() if self._lock_file else self._read_sources())
 
     def note(self, source: str, **facts: Any) -> None:
         check_source(source)
@@ -442,14 +442,13 @@ class LocalEngine(Engine):
         return blocks
 
     def stats(self) -> dict[str, Any]:
-        sources = self.sources().values()
-        log = self._open_log
+        sources, log = self._living(), self._open_log
         gone = [Source.read(value) for value in log.get("sources", sorted(self._gone)) if value is not None]
         return {
             "engine": self._manifest.engine,
-            "blocks": sum(entry["blocks"] for entry in sources),
-            "tokens": sum(entry["tokens"] for entry in sources),
-            "deleted": sum(record.blocks for record in gone),
+            "blocks": sum(one.blocks for one in sources),
+            "tokens": sum(one.tokens for one in sources),
+            "deleted": sum(one.blocks for one in gone),
             "sources": len(sources),
             "bytes": sum(path.stat().st_blocks * 512 for path in self.folder.iterdir() if path.is_file()),
             "generation": State.read(log).next - 1,
