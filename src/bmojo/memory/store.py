@@ -15,6 +15,7 @@ import numpy as np
 from bmojo.config import ModelConfig
 from bmojo.errors import StoreError
 from bmojo.memory.engines import Block, Engine, open_store
+from bmojo.memory.engines.engine import BlocksGone
 
 WAITING = 1024  # blocks that may wait to be written before who hands over more has to wait
 AT_ONCE = 64  # blocks of one commit
@@ -81,7 +82,7 @@ class Store:
         """The store at `path` (see `open_store`), which must be one of this model; with mode "a" a new one if there is
         none. Raises StoreError, which names what differs, for that of another."""
         meta = meta_of(model)
-        opened = open_store(path, meta=meta, engine=engine, mode=mode, publish=publish, sync=sync)
+        opened = open_store(path, meta=meta, engine=engine, mode=mode, publish=0, sync=sync)
         return cls(opened, fingerprint=meta["weights"], publish=publish)
 
     def put(self, block: Block, done: Callable[[Block, int], None]) -> None:
@@ -128,7 +129,10 @@ class Store:
             if number in self._read:
                 self._read.move_to_end(number)
                 return self._read[number]
-        block = self.engine.get([number])[0]
+        try:
+            (block,) = self.engine.get([number])
+        except BlocksGone:
+            return None
         with self._lock:
             self._read[number] = block
             if len(self._read) > REMEMBERED:

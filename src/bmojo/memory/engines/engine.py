@@ -50,7 +50,7 @@ class Engine(ABC):
     @abstractmethod
     def get(self, ids: Sequence[int]) -> list[Block]:
         """The blocks of these ids, in this order, their checksums tested. Raises StoreError for one that is damaged,
-        or is not there (any more)."""
+        BlocksGone for one that is not there (any more)."""
 
     @abstractmethod
     def search(self, layer: int, queries: np.ndarray, count: int, *, generation: int, after: int = -1) -> Found:
@@ -180,8 +180,12 @@ def no_source(source: str, known: Iterable[str]) -> StoreError:
     return StoreError(f"the store has no source {source!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
 
 
-def no_blocks(missing: Iterable[int]) -> StoreError:
-    return StoreError(f"the store has no blocks {sorted(set(missing))} (any more): deleted, or of another store")
+class BlocksGone(StoreError):
+    """Blocks that are not in the store (any more)."""
+
+
+def no_blocks(missing: Iterable[int]) -> BlocksGone:
+    return BlocksGone(f"the store has no blocks {sorted(set(missing))} (any more): deleted, or of another store")
 
 
 def best_blocks(score: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:
