@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_generate_finds_cites_and_hands_over(bmojo, reader, texts, tmp_path):
     for _ in range(2):
         code, _, err = bmojo("generate", reader, "--store", store, "--stream", "diary", *options)
         assert code == 0, err
-    assert sources(store)["diary"]["tokens"] == 384
+    assert sources(store)["diary"]["tokens"] == (2 * (152 + 40) - 1) // 64 * 64
     assert len(sources(store)) == 5
     for way in (["--stride", 4], ["--stride", 64, "--blocks", 1]):
         assert bmojo("generate", reader, "--store", store, "--read-only", *way, *options)[0] == 0
@@ -84,8 +85,8 @@ def test_forgotten_text_is_not_found(bmojo, reader, texts, tmp_path):
     for i in range(4):
         bmojo("store", "forget", "--store", store, "--source", texts / f"{i}.txt")
     options = "--prompt", "Text 3: so it goes " * 8, "--max-new-tokens", 40, "--temperature", 0
-    plain = bmojo("generate", reader, *options)[1]
-    assert bmojo("generate", reader, "--store", store, "--read-only", *options)[1] == plain
+    alone = bmojo("generate", reader, "--store", tmp_path / "empty", *options)[1]
+    assert bmojo("generate", reader, "--store", store, "--read-only", *options)[1] == alone
 
 
 def test_what_is_wrong_is_said(bmojo, refused, reader, run_folder, texts, tmp_path):
@@ -93,11 +94,14 @@ def test_what_is_wrong_is_said(bmojo, refused, reader, run_folder, texts, tmp_pa
     assert "no text at 'nothing'" in refused("remember", reader, "nothing", "--store", store)
     assert "is no store of blocks" in refused("generate", reader, "--store", store, "--read-only", "--prompt", "x")
     assert "give --store" in refused("generate", reader, "--cite", "--prompt", "x")
-    code, _, err = bmojo("remember", run_folder, texts, "--store", store)
-    assert (code, "was not trained to read from storage" in err) == (0, True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # a command line prints them
+        code, _, err = bmojo("remember", run_folder, texts, "--store", store)
+    assert code == 0
+    assert "layer 0 does. A short training with --set storage_layers=0 teaches it" in err
     assert "weights: the store has" in refused("remember", reader, texts, "--store", store)
     with open_store(store, mode="a"):
-        assert "is being written" in refused("remember", run_folder, texts, "--store", store) or True
+        assert "is being written" in refused("remember", run_folder, texts, "--store", store)
     assert "storage_stride must divide" in refused("generate", run_folder, "--store", store, "--stride", 7)
     (store / "log-1.lmdb").write_bytes((store / "log-1.lmdb").read_bytes()[:-4096])
     assert "store verify --repair" in refused("generate", run_folder, "--store", store, "--prompt", "x")
@@ -110,7 +114,7 @@ def test_broken_off_it_goes_on(bmojo, reader, tmp_path, how):
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(60):
-        (texts / f"{i:02}.txt").write_text(f"{i} is a number. " * 2000)
+        (texts / f"{i:02}.txt").write_text(f"{i} is a number. " * 200)
     store = tmp_path / "mem"
     command = ["remember", str(reader), str(texts), "--store", str(store), "--threads", "1"]
     process = subprocess.Popen([sys.executable, "-m", "bmojo", *command], stderr=subprocess.PIPE)
@@ -127,7 +131,7 @@ def test_broken_off_it_goes_on(bmojo, reader, tmp_path, how):
     assert code == 0, err
     there = int(re.search(r"(\d+) were there already", out)[1])
     assert 0 < there < 60
-    assert {entry["tokens"] for entry in sources(store).values()} == {2000 * 15, 2000 * 16}
+    assert {entry["tokens"] for entry in sources(store).values()} == {200 * 15, 200 * 16}
     assert len(sources(store)) == 60
 
 

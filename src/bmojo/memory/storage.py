@@ -778,9 +778,7 @@ class Storage:
         block_k = self._rounded(g.turn(k[row, ring], -positions))
         score = None if kept.score is None else kept.score[row, place]
         keys = g.found_by(block_k, score)
-        self._hand_over(
-            layer, row, position + 1 - g.block, self._tokens[row, place], block_k, v[row, ring], keys, score
-        )
+        self._hand_over(layer, row, start, self._tokens[row, place], block_k, v[row, ring], keys, score)
 
     def _remember(
         self, kept: Kept, made: dict[int, Block], far: Sequence[tuple[int, Block]], entry: Tensor, value: Tensor,

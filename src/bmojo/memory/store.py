@@ -15,7 +15,7 @@ import numpy as np
 from bmojo.config import ModelConfig
 from bmojo.errors import StoreError
 from bmojo.memory.engines import Block, Engine, open_store
-from bmojo.memory.engines.engine import BlocksGone
+from bmojo.memory.engines.engine import NoBlocks
 
 WAITING = 1024  # blocks that may wait to be written before who hands over more has to wait
 AT_ONCE = 64  # blocks of one commit
@@ -62,12 +62,17 @@ class Store:
     """Blocks are put in the background, and found up to a generation. Safe from several threads.
 
     `put` returns at once, unless WAITING blocks wait already; `flush` waits until all are in the engine, where the
-    death of the process loses none of them. What goes wrong in the background is raised by the next call of either.
+    death of the process loses none of them. What goes wrong in the background is raised by the next call of either, and
+    by all after it: what was acknowledged until then is there, what waited is not.
+
+    `last`: the newest id given to a block put here; `deleted`: by source, the newest id that was hidden here, in a
+    dictionary that is replaced, not changed.
     """
 
     def __init__(self, engine: Engine, *, fingerprint: str = "", publish: float = 1.0) -> None:
         self.engine, self.fingerprint, self.publish = engine, fingerprint, publish
-        self._lock = threading.Lock()
+        self.last, self.deleted = -1, dict[str, int]()
+        self._lock, self._putting, self._closed = threading.Lock(), threading.Lock(), False
         self._pinned, self._looked = engine.pin(), time.monotonic()
         self._read: OrderedDict[int, Block] = OrderedDict()
         self._queue: queue.Queue[tuple[Block, Callable[[Block, int], None]] | None] = queue.Queue(WAITING)
@@ -87,12 +92,14 @@ class Store:
 
     def put(self, block: Block, done: Callable[[Block, int], None]) -> None:
         """Write a block; then, in the writer's thread, call done(block, id)."""
-        self._raise()
-        with self._lock:
+        with self._putting:
+            self._raise()
+            if self._closed:
+                raise StoreError("the store is closed: open it again, and restore the stream from its last snapshot")
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write, name="bmojo-store-writer", daemon=True)
                 self._writer.start()
-        self._queue.put((block, done))
+            self._queue.put((block, done))
 
     def flush(self) -> None:
         """Wait until what was put is in the engine."""
@@ -131,9 +138,11 @@ class Store:
                 return self._read[number]
         try:
             (block,) = self.engine.get([number])
-        except BlocksGone:
+        except NoBlocks:
             return None
         with self._lock:
+            if number <= self.deleted.get(block.source, -1):
+                return None
             self._read[number] = block
             if len(self._read) > REMEMBERED:
                 self._read.popitem(last=False)
@@ -144,20 +153,28 @@ class Store:
         return self.engine.sources().get(source, {"blocks": 0})["blocks"]
 
     def delete(self, source: str) -> int:
-        """Hide all blocks of a source."""
-        with self._lock:
-            self._read = OrderedDict((n, b) for n, b in self._read.items() if b.source != source)
-        return self.engine.delete(source)
+        """Hide all blocks of a source, those too that wait to be written; how many. No call that begins after this one
+        reads them."""
+        with self._putting:
+            self.flush()
+            count = self.engine.delete(source)
+            newest = max(self.last, self.engine.pin())
+            with self._lock:
+                self.deleted = {**self.deleted, source: newest}
+                self._read = OrderedDict((n, b) for n, b in self._read.items() if b.source != source)
+        return count
 
     def stats(self) -> dict[str, Any]:
         return {**self.engine.stats(), "waiting": self._queue.qsize()}
 
     def close(self) -> None:
         """Write what waits, and close the engine."""
-        if self._writer is not None:
-            self._queue.put(None)
-            self._writer.join()
-            self._writer = None
+        with self._putting:
+            self._closed = True
+            if self._writer is not None:
+                self._queue.put(None)
+                self._writer.join()
+                self._writer = None
         self.engine.close()
         self._raise()
 
@@ -169,7 +186,10 @@ class Store:
 
     def _raise(self) -> None:
         if self._failed is not None:
-            raise StoreError(f"blocks could not be written to the store: {self._failed}") from self._failed
+            raise StoreError(
+                f"blocks could not be written to the store: {self._failed}; mend that, open the store again, and "
+                "restore the streams from their last snapshots"
+            ) from self._failed
 
     def _write(self) -> None:
         while True:
@@ -183,6 +203,7 @@ class Store:
             try:
                 if work and self._failed is None:
                     ids = self.engine.put([block for block, _ in work])
+                    self.last = ids[-1]
                     for (block, done), number in zip(work, ids, strict=True):
                         done(block, number)
             except BaseException as error:
