@@ -89,7 +89,7 @@ class Store:
         """The store at `path` (see `open_store`), which must be one of this model; with mode "a" a new one if there is
         none. Raises StoreError, which names what differs, for that of another."""
         meta = meta_of(model)
-        opened = open_store(path, meta=meta, engine=engine, mode=mode, publish=publish, sync=sync)
+        opened = open_store(path, meta=meta, engine=engine, mode=mode, publish=0, sync=sync)
         return cls(opened, fingerprint=meta["weights"], publish=publish)
 
     def put(self, block: Block, done: Callable[[Block, int], None]) -> None:

@@ -17,6 +17,7 @@ from test_engine_conformance import DIM, ask, block, blocks, definition, publish
 from bmojo.errors import BMojoError, MissingPackageError, StoreError
 from bmojo.memory.engines import index, open_store
 from bmojo.memory.engines.verify import verify
+from bmojo.memory.store import Store
 
 LOCAL = ["lmdb", "sqlite"]
 SECRET = "the-s3cret-source"
@@ -190,6 +191,16 @@ def test_what_others_put_is_published_within_the_interval(tmp_path, engine):
         assert reader.pin() == -1
         published(reader, 0)
         assert time.monotonic() - began < 2
+
+
+def test_a_stream_goes_on_when_another_process_deletes_what_it_found(tmp_path, engine):
+    rng = np.random.default_rng(0)
+    with open_store(tmp_path, engine=engine, mode="a") as writer, open_store(tmp_path) as reader:
+        writer.put([block(rng, "a"), block(rng, "b")])
+        store = Store(reader)
+        found = store.search(0, np.ones((1, 1, DIM), np.float32), 2, reader.pin())
+        writer.delete("b")
+        assert {number: store.get(number) is None for _, number in found[0]} == {0: False, 1: True}
 
 
 # forgetting
