@@ -30,6 +30,7 @@ from bmojo import BMojoLM, Store, Stream, presets
 from bmojo.data import ByteTokenizer, read_documents
 from bmojo.data.documents import Document
 from bmojo.generate.remember import remember
+from bmojo.memory.engines.engine import recall
 
 REAL = 400_000  # tokens that are read
 PREFILL, TOKENS, ROUNDS, STRIDES = 2048, 192, 9, (4, 16, 64)
@@ -86,6 +87,21 @@ def anonymous() -> int:
     return int(fields["RssAnon"].split()[0]) * 1024
 
 
+def asked(model: BMojoLM, store: Store, ids: np.ndarray) -> np.ndarray:
+    """What the model asks the store for while it reads: [n, dim]."""
+    queries, search = [], store.engine.search
+
+    def noted(layer: int, rows: np.ndarray, *arguments, **options):
+        queries.append(rows)
+        return search(layer, rows, *arguments, **options)
+
+    store.engine.search = noted  # type: ignore[method-assign]
+    Stream(model, store=store, write=False).feed(ids)
+    store.engine.search = search  # type: ignore[method-assign]
+    found = np.concatenate(queries)
+    return np.random.default_rng(1).permutation(found)
+
+
 def measure(folder: Path) -> dict:
     torch.set_num_threads(1)
     ids = ByteTokenizer().encode(next(islice(read_documents("stdlib"), 5, None)).text * 10)[: 4 * PREFILL]
@@ -119,14 +135,15 @@ def measure(folder: Path) -> dict:
     result["ratio"] = {
         name: statistics.median(a / b for a, b in zip(times[name], times["off"], strict=True)) for name in times
     }
-    draw = np.random.default_rng(1)
-    queries = draw.standard_normal((200, 1, 128)).astype(np.float32)
+    (layer,) = base.config.storage_layers
+    queries, count = asked(base, store, ids[-PREFILL:]), base.config.storage_blocks
     single = []
-    for query in queries:
+    for query in queries[:200]:
         start = time.perf_counter()
-        store.engine.search(base.config.storage_layers[0], query, 4, generation=store.pin())
+        store.engine.search(layer, query[None], count, generation=store.pin())
         single.append((time.perf_counter() - start) * 1e3)
     result["query_p50_ms"] = statistics.median(single)
+    result["recall_of_real_queries"] = recall(store.engine, layer, queries[:64], count, generation=store.pin())
     return result
 
 
