@@ -127,7 +127,7 @@ def test_branches_of_a_stream_never_see_each_other():
     twin = storage.fork()
     model(instead, state, storage=twin)
     model(instead, state, storage=storage)
-    storage.restore(Mark.from_tensors(kept.to_tensors()))
+    storage.restore(Mark.from_tensors(kept.to_tensors(), store))
     close(model(then, state, storage=storage)[0], expected, 1e-5, "restored")
     storage.restore(storage.mark())
     assert len(set(store.engine.sources()) | set(storage.sources)) == 4  # nothing came after it: no new branch

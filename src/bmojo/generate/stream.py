@@ -445,7 +445,7 @@ class Stream:
         """
         state = MemoryState.load(path, model.config, device=str(model.embed.weight.device))
         note, theirs = state.note.get("stream"), state.note.get(FINGERPRINT)
-        stored = Mark.from_tensors(state.extra) if state.extra else None
+        stored = Mark.from_tensors(state.extra, store) if state.extra else None
         state = dataclasses.replace(state, note={}, extra={})
         if note is None:
             stream = cls(model, tokenizer, state=state, store=store, write=write, **sampling)

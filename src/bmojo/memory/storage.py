@@ -44,9 +44,9 @@ import dataclasses
 import itertools
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -193,18 +193,28 @@ class Mark:
         ]
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """As tensors that a file can hold."""
-        facts = {name: getattr(self, name) for name in (*self._ROWS, "generation")}
-        tensors = {"facts": _bytes(json.dumps(facts).encode()), **self.rings}
+        """As tensors that a file can hold. Of the blocks of other sources they hold the ids alone: what is forgotten is
+        to be gone."""
+        facts: dict[str, Any] = {name: getattr(self, name) for name in (*self._ROWS, "generation")}
+        tensors = dict(self.rings)
         for name in ("found", "own"):
             for layer, rows in getattr(self, name).items():
                 for row, blocks in enumerate(rows):
-                    tensors[f"{name}.{layer}.{row}"] = _bytes(b"".join(map(encode, blocks)))
+                    mine = {self.sources[row], *self.ancestors[row]}
+                    ids = [-1 if block.source in mine else block.id for block in blocks]
+                    facts[f"{name}.{layer}.{row}"] = ids
+                    frames = (encode(block) for block in blocks if block.source in mine)
+                    tensors[f"{name}.{layer}.{row}"] = _bytes(b"".join(frames))
+        tensors["facts"] = _bytes(json.dumps(facts).encode())
         return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> Mark:
-        """The inverse. Raises StateError for what is none of its work."""
+    def from_tensors(cls, tensors: dict[str, Tensor], store: Store | None = None) -> Mark:
+        """The inverse, with the `store` that it was made with. Raises StateError for what is none of its work."""
+
+        def others(number: int) -> Block | None:
+            return None if store is None else store.get(number)
+
         try:
             facts = json.loads(tensors["facts"].cpu().numpy().tobytes())
             rows = {name: tuple(facts[name]) for name in cls._ROWS}
@@ -212,11 +222,14 @@ class Mark:
             for name in sorted(tensors, key=_by_number):
                 kind, *where = name.split(".")
                 if kind in parts:
-                    parts[kind].setdefault(int(where[0]), []).append(_blocks(tensors[name].cpu().numpy().tobytes()))
+                    mine = iter(_blocks(tensors[name].cpu().numpy().tobytes()))
+                    blocks = (next(mine) if number < 0 else others(number) for number in facts[name])
+                    present = tuple(block for block in blocks if block is not None)
+                    parts[kind].setdefault(int(where[0]), []).append(present)
             found, own = ({layer: tuple(all_rows) for layer, all_rows in parts[kind].items()} for kind in parts)
             rings = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in RINGS}
             return cls(generation=facts["generation"], rings=rings, found=found, own=own, **rows)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StateError(f"what was saved of a storage is damaged ({error}); save the stream again") from None
 
 
@@ -341,9 +354,12 @@ class Storage:
         }
         self.geometry = {layer: Geometry.of(config, layer) for layer in config.storage_layers}
         self.positions = [0] * rows
-        self._handed = [0] * rows  # blocks handed over under the row's name; at `most` before going back
-        self._most = [0] * rows
+        self._handed = [0] * rows  # blocks handed over under the row's name
+        self._trails: list[tuple[int, list[int]]] = [
+            (0, []) for _ in range(rows)
+        ]  # tokens read lately, from a position
         self._ids: dict[tuple[str, int, int], int] = {}  # what the store has called its own blocks
+        self._deleted = {} if store is None else store.deleted  # what is gone of the blocks that the session holds
         self.read_tokens = 0
         self.replay = None if replay is None else list(replay)
         self.generation = -1
@@ -382,8 +398,8 @@ class Storage:
             self.store.flush()
 
     def back(self, mark: Mark) -> None:
-        """Go back to a mark of this session, to read the same tokens again: what they had handed over is not handed
-        over twice. Raises StateError if the mark is of other rows or layers."""
+        """Go back to a mark of this session. What it reads again is not handed over twice; where it reads something
+        else, the row goes on as a branch. Raises StateError if the mark is of other rows or layers."""
         if len(mark.sources) != self.rows or mark.own.keys() != self.layers.keys():
             raise StateError(
                 f"the storage was marked with {len(mark.sources)} rows and layers {sorted(mark.own)}, this one has "
@@ -391,7 +407,6 @@ class Storage:
             )
         self.sources, self.ancestors, self.positions = list(mark.sources), list(mark.ancestors), list(mark.positions)
         self._handed, self.released, self.generation = list(mark.handed), mark.released, mark.generation
-        self._most = [max(counts) for counts in zip(self._most, self._handed, strict=True)]
         self._tokens = mark.rings["tokens"].clone() if "tokens" in mark.rings else None
         for layer, kept in self.layers.items():
             asking, score = (mark.rings.get(f"{name}.{layer}") for name in ("asking", "score"))
@@ -399,15 +414,23 @@ class Storage:
             kept.found, kept.laid = list(map(list, mark.found[layer])), None
             kept.own = [Own(blocks) for blocks in mark.own[layer]]
             self._ids.update({_key(b): b.id for blocks in mark.own[layer] for b in blocks if b.id >= 0})
+        if self.store is not None and self.write:
+            for block in (b for kept in self.layers.values() for own in kept.own for b in own.blocks):
+                if self._id(block) < 0:  # the mark was made before the writer told
+                    self.store.put(block, self._told)
+        self._drop(self._was_deleted)
 
     def restore(self, mark: Mark) -> None:
         """Go back to a mark, or on from one that was saved, to read whatever comes. Where the store has later blocks of
         a row's source, the row goes on as a branch, under another name: those are not its past."""
         self.back(mark)
-        if self.store is None or not self.write:
+        if self.store is None:
             return
         self.settle()
-        self._most = list(self._handed)
+        get = self.store.get
+        self._drop(lambda block: self._id(block) >= 0 and get(self._id(block)) is None)
+        if not self.write:
+            return
         self._branch([row for row, name in enumerate(self.sources) if self.store.count(name) != self._handed[row]])
 
     def fork(self, *, write: bool = True) -> Storage:
@@ -423,8 +446,44 @@ class Storage:
         """The store's writer, in its own thread: the block has been given this id."""
         self._ids[_key(block)] = number
 
+    def _id(self, block: Block) -> int:
+        """At least the id that the store has given it; -1: it doesn't have it yet."""
+        return self._ids.get(_key(block), -1) if block.id < 0 else block.id
+
     def _with_ids(self, own: Own) -> tuple[Block, ...]:
-        return tuple(with_id(block, self._ids.get(_key(block), -1)) for block in own.blocks)
+        return tuple(with_id(block, self._id(block)) for block in own.blocks)
+
+    def _was_deleted(self, block: Block) -> bool:
+        assert self.store is not None
+        return 0 <= self._id(block) <= self.store.deleted.get(block.source, -1)
+
+    def _drop(self, gone: Callable[[Block], bool]) -> None:
+        """Let go of the blocks, own or found, that are `gone` from the store."""
+        if self.store is None:
+            return
+        self._deleted = self.store.deleted
+        for kept in self.layers.values():
+            kept.found = [[block for block in row if not gone(block)] for row in kept.found]
+            kept.own = [Own([block for block in own.blocks if not gone(block)]) for own in kept.own]
+            kept.laid = None
+
+    def _follow(self, row: int, ids: list[int]) -> None:
+        """The row reads `ids` next. It branches if the store was given blocks of what it read here before, and that was
+        something else, or is no more known."""
+        assert self.store is not None
+        position, end = self.positions[row], self.store.end(self.sources[row])
+        first, past = self._trails[row]
+        at = position - first
+        before = past[at : at + len(ids)] if at >= 0 else []
+        count = min(len(ids), end - position)
+        if count > 0 and before[:count] != ids[:count]:
+            self._branch([row])
+            past = past[: max(0, at)]
+        if not 0 <= at <= len(past):
+            first, past, at = position, [], 0
+        past[at : at + len(ids)] = ids
+        done = max(0, min(self.released[row], position) - first)
+        self._trails[row] = first + done, past[done:]
 
     def _branch(self, rows: Iterable[int]) -> None:
         """Hand over under another name from now on."""
@@ -432,7 +491,7 @@ class Storage:
             name = self.sources[row]
             self.ancestors[row] = {**self.ancestors[row], name: self.positions[row]}
             self.sources[row] = f"{root(name)}{BRANCH}{secrets.token_hex(4)}"
-            self._handed[row] = self._most[row] = 0
+            self._handed[row] = 0
 
     # what the model calls
     def begin(self, tokens: Tensor, at: Layout | Step) -> None:
@@ -441,8 +500,21 @@ class Storage:
             raise ConfigError(f"the storage has {self.rows} rows, the tokens {tokens.shape[0]}; they must be as many")
         if not self.keep:
             return
+        if self.positions != at.positions:
+            raise ConfigError(
+                f"the storage has read {self.positions} tokens, the state {at.positions}; they go together: "
+                "begin both anew, or restore both"
+            )
+        if isinstance(at, Layout) and at.packed:
+            raise ConfigError("a stream with storage is one document; leave out document_ids")
+        if self.store is not None and self.store.deleted is not self._deleted:
+            self._drop(self._was_deleted)
         size = self.config.storage_block
         ids = tokens.long() if tokens.ndim == 2 else tokens.new_full(tokens.shape[:2], -1, dtype=torch.int64)
+        if self.store is not None and self.write:
+            mask = at.mask if isinstance(at, Layout) else None
+            for row, mine in enumerate(ids):
+                self._follow(row, (mine if mask is None else mine[mask[row]]).tolist())
         if isinstance(at, Step):
             ring = ids.new_full((self.rows, size), -1) if self._tokens is None else self._tokens
             self._tokens = put(ring, at.position % size, ids[:, 0])
@@ -450,16 +522,9 @@ class Storage:
                 self.attention.tokens += self.rows
             after = [position + 1 for position in at.positions]
         else:
-            if at.packed:
-                raise ConfigError("a stream with storage is one document; leave out document_ids")
             self._placed = at.history(self._tokens, at.place(ids), size)
             self._tokens = at.ring(self._placed, size)
             after = at.next_position.tolist()
-        if self.positions != at.positions:
-            raise ConfigError(
-                f"the storage has read {self.positions} tokens, the state {at.positions}; they go together: "
-                "begin both anew, or restore both"
-            )
         self._move(at)
         self.positions = after
         self.read_tokens += tokens.shape[1]
@@ -580,6 +645,8 @@ class Storage:
             for row, position in enumerate(self.positions):
                 if position % size:
                     self._make(layer, row, position - 1, k, v)
+        for source in self.sources if self.store is not None else ():
+            self.store.finish(source)  # type: ignore[union-attr]
 
     # finding
     def _far(
@@ -741,9 +808,7 @@ class Storage:
         own.append(block)
         if self.store is not None and self.write:
             self._handed[row] += 1
-            if self._handed[row] > self._most[row]:
-                self._most[row] = self._handed[row]
-                self.store.put(block, self._told)
+            self.store.put(block, self._told)
         return block
 
     def _made(

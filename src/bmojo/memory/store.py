@@ -26,6 +26,9 @@ PAUSE = 0.001  # seconds between two looks at what the writer has done
 _READING = {"storage_stride", "storage_queries", "storage_blocks", "head_loss_weight", "admission_loss_weight"}
 
 
+Waiting = tuple[Block, Callable[[Block, int], None], bool]  # to be told its id; whether it was put before
+
+
 class Model(Protocol):
     """Whose blocks a store holds: a `BMojoLM`."""
 
@@ -65,6 +68,9 @@ class Store:
     death of the process loses none of them. What goes wrong in the background is raised by the next call of either, and
     by all after it: what was acknowledged until then is there, what waited is not.
 
+    A block that its source was given here before, up to the position `end` tells, is not written again: a stream that
+    went back reads some tokens twice.
+
     `last`: the newest id given to a block put here; `deleted`: by source, the newest id that was hidden here, in a
     dictionary that is replaced, not changed.
     """
@@ -75,9 +81,10 @@ class Store:
         self._lock, self._putting, self._closed = threading.Lock(), threading.Lock(), False
         self._pinned, self._looked = engine.pin(), time.monotonic()
         self._read: OrderedDict[int, Block] = OrderedDict()
+        self._ends: dict[str, dict[int, int]] = {}  # by source and layer
         # Between the threads there are neither conditions nor events: Ctrl-C in the middle of one, which is written in
         # Python, would leave it locked for ever.
-        self._queue: queue.SimpleQueue[tuple[Block, Callable[[Block, int], None]] | list[bool]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Waiting | list[bool]] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._failed: BaseException | None = None
 
@@ -93,7 +100,8 @@ class Store:
         return cls(opened, fingerprint=meta["weights"], publish=publish)
 
     def put(self, block: Block, done: Callable[[Block, int], None]) -> None:
-        """Write a block; then, in the writer's thread, call done(block, id)."""
+        """Write a block, then, in the writer's thread, call done(block, id); if it was written before, with an id that
+        is not lower than the one it was given."""
         with self._putting:
             self._raise()
             if self._closed:
@@ -103,7 +111,19 @@ class Store:
                 self._writer.start()
             while self._queue.qsize() >= WAITING:
                 time.sleep(PAUSE)
-            self._queue.put((block, done))
+            ends = self._ends.setdefault(block.source, {})
+            again = block.start < ends.get(block.layer, 0)
+            self._queue.put((block, done, again))
+            if not again:
+                ends[block.layer] = block.start + len(block.tokens)
+
+    def end(self, source: str) -> int:
+        """The position up to which some layer has put blocks of a source here."""
+        return max(self._ends.get(source, {}).values(), default=0)
+
+    def finish(self, source: str) -> None:
+        """Nothing more will be put of a source."""
+        self._ends.pop(source, None)
 
     def flush(self) -> None:
         """Wait until what was put is in the engine."""
@@ -166,6 +186,7 @@ class Store:
         with self._putting:
             self.flush()
             count = self.engine.delete(source)
+            self.finish(source)
             newest = max(self.last, self.engine.pin())
             with self._lock:
                 self.deleted = {**self.deleted, source: newest}
@@ -211,10 +232,10 @@ class Store:
             work = [item for item in items if isinstance(item, tuple)]
             try:
                 if work and self._failed is None:
-                    ids = self.engine.put([block for block, _ in work])
-                    self.last = ids[-1]
-                    for (block, done), number in zip(work, ids, strict=True):
-                        done(block, number)
+                    ids = iter(self.engine.put([block for block, _, again in work if not again]))
+                    for block, done, again in work:
+                        self.last = self.last if again else next(ids)
+                        done(block, self.last)
             except BaseException as error:
                 self._failed = error
             if isinstance(items[-1], list):
