@@ -62,21 +62,24 @@ def test_generate_finds_cites_and_hands_over(bmojo, reader, texts, tmp_path):
     bmojo("remember", reader, texts, "--store", store)
     options = "--prompt", "Text 3: so it goes " * 8, "--max-new-tokens", 40, "--temperature", 0
     plain = bmojo("generate", reader, *options)[1]
-    code, out, err = bmojo("generate", reader, "--store", store, "--read-only", "--cite", *options)
+    code, out, err = bmojo("generate", reader, "--store", store, "--cite", *options)
     assert code == 0, err
     assert out != plain
     head, *spans = err.splitlines()
     assert re.fullmatch(r"bmojo: \d+% of the attention of 39 tokens went to stored text", head)
     assert re.fullmatch(r" +\d+\.\d%  \S+\.txt \[\d+, \d+\): .*", spans[0])
-    assert bmojo("generate", reader, "--store", store, "--read-only", *options)[1] == out
+    assert bmojo("generate", reader, "--store", store, *options)[1] == out
     assert len(sources(store)) == 4
     for _ in range(2):
         code, _, err = bmojo("generate", reader, "--store", store, "--stream", "diary", *options)
         assert code == 0, err
     assert sources(store)["diary"]["tokens"] == (2 * (152 + 40) - 1) // 64 * 64
     assert len(sources(store)) == 5
+    kept = "--stream", "diary", "--read-only"
+    assert bmojo("generate", reader, "--store", store, *kept, *options)[0] == 0
+    assert sources(store)["diary"]["tokens"] == (2 * (152 + 40) - 1) // 64 * 64
     for way in (["--stride", 4], ["--stride", 64, "--blocks", 1]):
-        assert bmojo("generate", reader, "--store", store, "--read-only", *way, *options)[0] == 0
+        assert bmojo("generate", reader, "--store", store, *way, *options)[0] == 0
 
 
 def test_forgotten_text_is_not_found(bmojo, reader, texts, tmp_path):
@@ -85,14 +88,14 @@ def test_forgotten_text_is_not_found(bmojo, reader, texts, tmp_path):
     for i in range(4):
         bmojo("store", "forget", "--store", store, "--source", texts / f"{i}.txt")
     options = "--prompt", "Text 3: so it goes " * 8, "--max-new-tokens", 40, "--temperature", 0
-    alone = bmojo("generate", reader, "--store", tmp_path / "empty", *options)[1]
-    assert bmojo("generate", reader, "--store", store, "--read-only", *options)[1] == alone
+    alone = bmojo("generate", reader, "--store", tmp_path / "empty", "--stream", "alone", *options)[1]
+    assert bmojo("generate", reader, "--store", store, *options)[1] == alone
 
 
 def test_what_is_wrong_is_said(bmojo, refused, reader, run_folder, texts, tmp_path):
     store = tmp_path / "mem"
     assert "no text at 'nothing'" in refused("remember", reader, "nothing", "--store", store)
-    assert "is no store of blocks" in refused("generate", reader, "--store", store, "--read-only", "--prompt", "x")
+    assert "is no store of blocks" in refused("generate", reader, "--store", store, "--prompt", "x")
     assert "give --store" in refused("generate", reader, "--cite", "--prompt", "x")
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # a command line prints them

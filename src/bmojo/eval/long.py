@@ -106,7 +106,7 @@ class Stored(Streamed):
         self.mark = storage.mark()
 
     def with_settings(self, **changes: Any) -> Self:
-        """What was read, with another `storage_stride` or `storage_blocks` from the end of the stride in progress on."""
+        """What was read, with another `storage_stride` or `storage_blocks` from the next stride on."""
         other = copy.copy(self)
         other.model = self.model.with_settings(**changes)
         other.state = dataclasses.replace(self.state, config=other.model.config)

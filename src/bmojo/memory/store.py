@@ -221,7 +221,7 @@ class Store:
             ) from self._failed
 
     def _write(self) -> None:
-        """What waits, in its order: blocks, lists to be told when all before them is written, an empty list at the end."""
+        """What waits, in order: blocks, lists to be told when all before them is written, an empty list at the end."""
         while True:
             items = [self._queue.get()]
             while len(items) < AT_ONCE and isinstance(items[-1], tuple):
