@@ -127,3 +127,9 @@ def test_refusals(store, tmp_path):
     Store.open(tmp_path / "store", MODEL.with_settings(storage_stride=8, storage_blocks=2), mode="r").close()
     with pytest.raises(ConfigError, match="begins with it"):
         Stream(MODEL, store=store, state=Stream(MODEL).feed([1]).state)
+
+
+def test_a_memory_alone_is_no_stream_with_a_store(store, tmp_path):
+    Stream(MODEL).feed([1]).state.save(tmp_path / "memory")
+    with pytest.raises(ConfigError, match="begins with it"):
+        Stream.load(tmp_path / "memory", MODEL, store=store)

@@ -152,8 +152,9 @@ class Stream:
 
         `Stream(model, state=stream.state)` goes on from it once it is fed a token.
         """
-        now = self.snapshot()
-        return self._read(now, now.unread)[1].state if now.unread else now.state.clone()
+        with self._lock:
+            now = self.snapshot()
+            return self._read(now, now.unread)[1].state if now.unread else now.state.clone()
 
     # in
     def feed(self, source: Source) -> Stream:
@@ -425,8 +426,7 @@ class Stream:
         note = {name: getattr(now, name) for name in self._SAVED} | {"sampling": dataclasses.asdict(now.sampling)}
         note |= {"version": VERSION, "tokenizer": None if self.tokenizer is None else self.tokenizer.sha256}
         extra = {} if now.stored is None else now.stored.to_tensors()
-        note = {"stream": note, FINGERPRINT: self._fingerprint}
-        dataclasses.replace(now.state, note=note, extra=extra).save(path)
+        dataclasses.replace(now.state, note={"stream": note, FINGERPRINT: self._fingerprint}, extra=extra).save(path)
 
     @classmethod
     def load(
@@ -449,14 +449,16 @@ class Stream:
         note, theirs = state.note.get("stream"), state.note.get(FINGERPRINT)
         stored = Mark.from_tensors(state.extra, store) if state.extra else None
         state = dataclasses.replace(state, note={}, extra={})
-        stream = cls(model, tokenizer, store=store, write=write) if note else cls(model, tokenizer, state=state)
+        if note is None:
+            stream = cls(model, tokenizer, state=state, store=store, write=write, **sampling)
+        else:
+            stream = cls(model, tokenizer, store=store, write=write)
         if theirs not in (None, stream._fingerprint):
             raise StateError(
                 f"{path} was made with other weights: their fingerprint is {theirs}, that of this model "
                 f"{stream._fingerprint}; load the model that made it"
             )
         if note is None:
-            stream.sampling = Sampling(**sampling)
             return stream
         try:
             if note["version"] > VERSION:

@@ -20,10 +20,13 @@ from bmojo.memory.engines.engine import NoBlocks
 WAITING = 1024  # blocks that may wait to be written before who hands over more has to wait
 AT_ONCE = 64  # blocks of one commit
 REMEMBERED = 256  # blocks kept as they were read
-
+PAUSE = 0.001  # seconds between two looks at what the writer has done
 
 # settings that change what is read, or how a model is trained, not what is stored
 _READING = {"storage_stride", "storage_queries", "storage_blocks", "head_loss_weight", "admission_loss_weight"}
+
+
+Waiting = tuple[Block, Callable[[Block, int], None], bool]  # to be told its id; whether it was put before
 
 
 class Model(Protocol):
@@ -79,7 +82,9 @@ class Store:
         self._pinned, self._looked = engine.pin(), time.monotonic()
         self._read: OrderedDict[int, Block] = OrderedDict()
         self._ends: dict[str, dict[int, int]] = {}  # by source and layer
-        self._queue: queue.Queue[tuple[Block, Callable[[Block, int], None], bool] | None] = queue.Queue(WAITING)
+        # Between the threads there are neither conditions nor events: Ctrl-C in the middle of one, which is written in
+        # Python, would leave it locked for ever.
+        self._queue: queue.SimpleQueue[Waiting | list[bool]] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._failed: BaseException | None = None
 
@@ -91,7 +96,7 @@ class Store:
         """The store at `path` (see `open_store`), which must be one of this model; with mode "a" a new one if there is
         none. Raises StoreError, which names what differs, for that of another."""
         meta = meta_of(model)
-        opened = open_store(path, meta=meta, engine=engine, mode=mode, publish=publish, sync=sync)
+        opened = open_store(path, meta=meta, engine=engine, mode=mode, publish=0, sync=sync)
         return cls(opened, fingerprint=meta["weights"], publish=publish)
 
     def put(self, block: Block, done: Callable[[Block, int], None]) -> None:
@@ -104,6 +109,8 @@ class Store:
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write, name="bmojo-store-writer", daemon=True)
                 self._writer.start()
+            while self._queue.qsize() >= WAITING:
+                time.sleep(PAUSE)
             ends = self._ends.setdefault(block.source, {})
             again = block.start < ends.get(block.layer, 0)
             self._queue.put((block, done, again))
@@ -120,7 +127,11 @@ class Store:
 
     def flush(self) -> None:
         """Wait until what was put is in the engine."""
-        self._queue.join()
+        if self._writer is not None and self._writer.is_alive():
+            done = [False]
+            self._queue.put(done)
+            while not done[0]:
+                time.sleep(PAUSE)
         self._raise()
 
     def pin(self) -> int:
@@ -190,7 +201,7 @@ class Store:
         with self._putting:
             self._closed = True
             if self._writer is not None:
-                self._queue.put(None)
+                self._queue.put([])
                 self._writer.join()
                 self._writer = None
         self.engine.close()
@@ -210,14 +221,15 @@ class Store:
             ) from self._failed
 
     def _write(self) -> None:
+        """What waits, in order: blocks, lists to be told when all before them is written, an empty list at the end."""
         while True:
             items = [self._queue.get()]
-            while len(items) < AT_ONCE and items[-1] is not None:
+            while len(items) < AT_ONCE and isinstance(items[-1], tuple):
                 try:
                     items.append(self._queue.get_nowait())
                 except queue.Empty:
                     break
-            work = [item for item in items if item is not None]
+            work = [item for item in items if isinstance(item, tuple)]
             try:
                 if work and self._failed is None:
                     ids = iter(self.engine.put([block for block, _, again in work if not again]))
@@ -226,8 +238,7 @@ class Store:
                         done(block, self.last)
             except BaseException as error:
                 self._failed = error
-            finally:
-                for _ in items:
-                    self._queue.task_done()
-            if items[-1] is None:
-                return
+            if isinstance(items[-1], list):
+                if not items[-1]:
+                    return
+                items[-1][0] = True

@@ -36,7 +36,8 @@ _NAMES = (len(_CONSONANTS) * len(_VOWELS)) ** _SYLLABLES
 
 @dataclass(frozen=True, kw_only=True)
 class Lookup(Task):
-    """`facts` facts of `digits` digits, each asked once, in `length` bytes of text; `form`: one of FORMS."""
+    """`facts` facts of `digits` digits, each asked once, in `length` bytes of text; `form`: one of FORMS, or a
+    sentence with {} for a name, or for two."""
 
     length: int = 512
     facts: int = 4
@@ -45,7 +46,10 @@ class Lookup(Task):
     early: bool = False
 
     def check(self) -> None:
-        self.require(self.form in FORMS, f"unknown form {self.form!r}; {nearest(self.form, FORMS)}")
+        self.require(
+            self._template.count("{}") in (1, 2),
+            f"unknown form {self.form!r}; {nearest(self.form, FORMS)}; or a sentence with {{}} for one or two names",
+        )
         for name in ("facts", "digits"):
             self.require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         least = 2 * self.facts * self._sentence
@@ -79,7 +83,7 @@ class Lookup(Task):
         digit = self._sentence - len(_STOP) - self.digits + np.arange(self.digits)
         at = digit - 1
         if self.early:
-            ahead = np.arange(-len(FORMS[self.form].rpartition("}")[2]), 0)
+            ahead = np.arange(-len(self._template.rpartition("}")[2]), 0)
             at, digit = np.append(at[0] + ahead, at), np.append(np.full_like(ahead, digit[0]), digit)
         answers = sentences[:, :, digit].reshape(rows, -1)
         ask(batch, (asked + at).reshape(rows, -1), answers, (stated + digit).reshape(rows, -1))
@@ -102,12 +106,16 @@ class Lookup(Task):
     @property
     def _sentence(self) -> int:
         """Its length in bytes."""
-        form = FORMS[self.form]
-        return len(form.format(*["ba" * _SYLLABLES] * form.count("{}"))) + self.digits + len(_STOP)
+        names = self._template.count("{}")
+        return len(self._template) + names * (2 * _SYLLABLES - 2) + self.digits + len(_STOP)
+
+    @property
+    def _template(self) -> str:
+        return FORMS.get(self.form, self.form)
 
     def _sentences(self, draw: np.random.Generator, rows: int) -> np.ndarray:
         """[rows, facts, bytes] int64."""
-        parts = FORMS[self.form].split("{}")
+        parts = self._template.split("{}")
         names = len(parts) - 1
         pool = math.isqrt(2 * self.facts) + 1  # each of two names recurs
         chosen = distinct(draw, rows, self.facts if names == 1 else names * pool, _NAMES)

@@ -256,9 +256,8 @@ class LanceEngine(Engine):
             return []
         frames: dict[int, bytes] = {}
         if self._read(self._there):
-            rows = self._read(
-                lambda: self._select(self._blocks, "id frame", f"id in ({', '.join(map(str, set(ids)))})")
-            )
+            asked = f"id in ({', '.join(map(str, set(ids)))})"
+            rows = self._read(self._select, self._blocks, "id frame", asked)
             frames = dict(zip(rows["id"].to_pylist(), rows["frame"].to_pylist(), strict=True))
         if missing := set(ids) - frames.keys():
             raise no_blocks(missing)
@@ -324,6 +323,7 @@ class LanceEngine(Engine):
         """Writes all tables anew if something was deleted, for LanceDB's own compaction leaves files be of which less
         than a tenth was deleted; then removes all versions but the newest. A reader that was at one looks again."""
         with self._change():
+            self._expect(self._seen)
             tables = [self._notes, *filter(None, (self._keys, self._blocks))]
             if self._fact("deleted") is not None:
                 for table in tables:

@@ -20,21 +20,22 @@ RESIDENT = 64 << 20  # bytes of the map, by estimate, before its pages are let g
 DEPTH = 3 << 12  # bytes of the tree's pages that are read for an entry
 AROUND = 16  # pages that Linux maps for each that is read
 _open: dict[str, tuple[Any, int]] = {}  # LMDB must open a file only once a process: environment and users by path
-_open_lock = threading.Lock()
+_open_lock = threading.RLock()
 
 
 class LMDBLog(Log):
     suffix = ".lmdb"
 
     def __init__(self, path: Path, *, new: bool = False, sync: str = "second") -> None:
+        self._closed, self._read = True, 0
         self._lmdb = optional_module("lmdb", "a store in LMDB", "memory")
-        self.path, self._name, self._closed, self._read = path, os.path.realpath(path), False, 0
+        self.path, self._name = path, os.path.realpath(path)
         if not new:
             _require_whole(path)
         with _open_lock, self._told():
             env, users = _open.get(self._name) or (self._environment(new, sync), 0)
             _open[self._name] = env, users + 1
-        self._env = env
+        self._env, self._closed = env, False
         try:
             with self._told():
                 # LMDB does not notice where its file ends, and reading there kills the process

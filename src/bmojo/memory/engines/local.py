@@ -14,6 +14,7 @@ old one open goes on with it until it next looks at meta.json, which is at its n
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -54,6 +55,9 @@ LEFT = ("log-*", "index-*", ".*.index-*", ".meta.json.*")  # files that a proces
 COPY = 64 << 20  # bytes that compact writes at a time
 
 
+Keys = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
 class Forgotten(NamedTuple):
     """The blocks of `source`, whose number is `number`, up to the id `upto` are hidden."""
 
@@ -69,6 +73,7 @@ class Manifest(NamedTuple):
     log: str | None  # None: the store is being made
     forgotten: tuple[Forgotten, ...]
     meta: dict[str, Any]
+    repaired: str | None = None  # the log that was made when the store was last repaired
 
     def write(self, folder: Path) -> None:
         content = {"format": FORMAT, **self._asdict()}
@@ -226,15 +231,17 @@ class LocalEngine(Engine):
             manifest = Manifest.read(self.folder)
             if self._log is None or manifest.log != self._manifest.log:
                 try:
-                    log = manifest.open_log(self.folder, self._sync)
+                    self._log = manifest.open_log(self.folder, self._sync)  # calls that go on keep the old one open
                 except StoreError:
                     if Manifest.read(self.folder).log == manifest.log:
                         raise
                     return self._refresh()  # compacted again meanwhile
-                if self._log is not None:
-                    self._log.close()
-                self._log = log
-                self._indexes.clear()
+                if manifest.repaired != self._manifest.repaired:
+                    self._indexes.clear()
+                else:
+                    left = {number for number, _ in self._log.scan("sources")}
+                    for index in self._indexes.values():
+                        index.drop(index.sources - left)
             self._manifest, self.meta, self._stamp = manifest, manifest.meta, stamp
             self._hidden = {entry.source: entry.upto for entry in manifest.forgotten}
             self._gone = {entry.number for entry in manifest.forgotten}
@@ -296,7 +303,7 @@ class LocalEngine(Engine):
             self._state = self._state._replace(session=self._state.session + 1)  # for the ids are given again
             raise
         self._dirty, self._state = True, state
-        self._records = self._records | changed
+        self._records |= changed
 
     def get(self, ids: Sequence[int]) -> list[Block]:
         self._refresh()
@@ -322,10 +329,16 @@ class LocalEngine(Engine):
 
     def scan(self) -> Iterator[Block]:
         self._refresh()
-        log = self._open_log
-        for number, value in log.scan("frames", last=State.read(log).next - 1):
-            block = self._decode(log, number, value)
-            if not self._is_hidden(block):
+        end, after, log = State.read(self._open_log).next - 1, -1, None
+        while True:
+            self._refresh()
+            if log is not self._open_log:  # at first, and when it was compacted
+                log = self._open_log
+                rows = log.scan("frames", after + 1, end)
+            after, value = next(rows, (-1, b""))
+            if after < 0:
+                return
+            if not self._is_hidden(block := self._decode(log, after, value)):
                 yield block
 
     # search
@@ -355,52 +368,59 @@ class LocalEngine(Engine):
             return index.search(queries, count, generation=generation, after=after)
 
     def _index(self, layer: int, state: State) -> Index:
+        """As it is made when it is first asked for."""
         path = self.folder / f"index-{_number(self._manifest.log)}-{layer}.faiss"
-        index = Index(state.dim)
-        index.load(path, state.next - 1)
+        index, last = Index(state.dim), state.next - 1
+        index.load(path, last)
         index.drop(self._gone)
-        self._take_up(index, layer, state.next - 1)
-        if index.outgrown:
+        if not self._take_up(index, layer, last, opening=True):
             index = Index(state.dim)
-            self._take_up(index, layer, state.next - 1)
-        index.invert(path if os.access(self.folder, os.W_OK) else None)
+            index.train(keys for keys, _, _ in self._read_keys(layer, state.dim, 0, last))
+            self._take_up(index, layer, last, opening=True)
+        index.settle(last=True)
+        if index.unsaved and os.access(self.folder, os.W_OK):
+            index.save(path)
         return index
 
-    def _take_up(self, index: Index, layer: int, generation: int) -> None:
-        owner: list[int] = []
-        source: list[int] = []
-        keys: list[np.ndarray] = []
+    def _take_up(self, index: Index, layer: int, last: int, *, opening: bool = False) -> bool:
+        """Keys of blocks up to `last` into an index. False if in opening it is outgrown, and better made anew."""
+        for keys in self._read_keys(layer, index.dim, index.last + 1, last):
+            index.add(*keys)
+            if opening and index.outgrown:
+                return False
+            if opening:
+                index.settle()
+        index.last = max(index.last, last)
+        return True
 
-        def flush() -> None:
-            if keys:
-                each = [len(some) for some in keys]
-                index.add(
-                    np.concatenate(keys), np.repeat(np.array(owner), each), np.repeat(np.array(source, np.int32), each)
-                )
-                del owner[:], source[:], keys[:]
-
+    def _read_keys(
+        self, layer: int, dim: int, first: int, last: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Keys, ids and numbers of sources as `Index.add` takes them, some blocks at a time."""
         log = self._open_log
-        for number, value in log.scan("keys", layer << IDS | index.last + 1, layer << IDS | max(generation, 0)):
-            with named(log, number % 2**IDS):
-                of, some = read_keys(value, index.dim)
-            if of not in self._gone:
-                owner.append(number % 2**IDS)
-                source.append(of)
-                keys.append(some)
-                if len(keys) == BATCH:
-                    flush()
-        flush()
-        index.last = max(index.last, generation)
+        rows = log.scan("keys", layer << IDS | first, layer << IDS | max(last, 0))
+        while some := list(itertools.islice(rows, BATCH)):
+            owner, source, keys = [], [], []
+            for number, value in some:
+                with named(log, number % 2**IDS):
+                    of, part = read_keys(value, dim)
+                if of not in self._gone:
+                    owner.append(number % 2**IDS)
+                    source.append(of)
+                    keys.append(part)
+            if keys:
+                each = [len(part) for part in keys]
+                yield np.concatenate(keys), np.repeat(owner, each), np.repeat(np.array(source, np.int32), each)
 
     # sources
 
     def sources(self) -> dict[str, dict[str, Any]]:
+        return {one.source: {"blocks": one.blocks, "tokens": one.tokens, **one.facts} for one in self._living()}
+
+    def _living(self) -> list[Source]:
         self._refresh()
         with self._lock:
-            records = self._records.values() if self._lock_file else self._read_sources()
-            return {
-                record.source: {"blocks": record.blocks, "tokens": record.tokens, **record.facts} for record in records
-            }
+            return list(self._records.values() if self._lock_file else self._read_sources())
 
     def note(self, source: str, **facts: Any) -> None:
         check_source(source)
@@ -417,20 +437,18 @@ class LocalEngine(Engine):
                 raise no_source(source, self._records)
             gone = Forgotten(self._records[source].number, source, self._state.next - 1)
             self._manifest._replace(forgotten=(*self._manifest.forgotten, gone)).write(self.folder)
-            self._records = self._records.copy()
             blocks = self._records.pop(source).blocks
             self._refresh()
         return blocks
 
     def stats(self) -> dict[str, Any]:
-        sources = self.sources().values()
-        log = self._open_log
+        sources, log = self._living(), self._open_log
         gone = [Source.read(value) for value in log.get("sources", sorted(self._gone)) if value is not None]
         return {
             "engine": self._manifest.engine,
-            "blocks": sum(entry["blocks"] for entry in sources),
-            "tokens": sum(entry["tokens"] for entry in sources),
-            "deleted": sum(record.blocks for record in gone),
+            "blocks": sum(one.blocks for one in sources),
+            "tokens": sum(one.tokens for one in sources),
+            "deleted": sum(one.blocks for one in gone),
             "sources": len(sources),
             "bytes": sum(path.stat().st_blocks * 512 for path in self.folder.iterdir() if path.is_file()),
             "generation": State.read(log).next - 1,
@@ -508,7 +526,7 @@ def clean(folder: Path) -> None:
         manifest._replace(log=name).write(folder)
 
 
-def replace_log(folder: Path, manifest: Manifest, rows: Iterable[Row], state: State) -> None:
+def replace_log(folder: Path, manifest: Manifest, rows: Iterable[Row], state: State, *, repaired: bool = False) -> None:
     """Put a new log with these rows in the place of the one there is. The step that counts is that of meta.json; what
     a process that dies leaves is removed when the store is next opened for writing."""
     name = f"log-{_number(manifest.log) + 1}{LOGS[manifest.engine].suffix}"
@@ -526,7 +544,7 @@ def replace_log(folder: Path, manifest: Manifest, rows: Iterable[Row], state: St
         log.sync()
     finally:
         log.close()
-    manifest._replace(log=name, forgotten=()).write(folder)
+    manifest._replace(log=name, forgotten=(), repaired=name if repaired else manifest.repaired).write(folder)
 
 
 def _number(name: str | None) -> int:

@@ -49,6 +49,12 @@ class Log(ABC):
     @abstractmethod
     def close(self) -> None: ...
 
+    def __del__(self) -> None:
+        try:  # noqa: SIM105 - contextlib may be gone
+            self.close()
+        except (AttributeError, TypeError):  # it was never opened, or the interpreter is being taken down
+            pass
+
     # for salvage
 
     @classmethod

@@ -133,7 +133,7 @@ def repair(folder: str | Path, progress: Progress = lambda blocks: None) -> Repa
         if manifest.log is not None:
             with LOGS[manifest.engine].raw(folder / manifest.log) as file:
                 rows, state, repaired = _salvage(file, LOGS[manifest.engine], manifest.forgotten, progress)
-                replace_log(folder, manifest, rows, state)
+                replace_log(folder, manifest, rows, state, repaired=True)
         clean(folder)
     return repaired
 
