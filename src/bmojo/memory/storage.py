@@ -575,9 +575,11 @@ class Storage:
         value = value.masked_fill(~(seen & fresh[..., None, None]), -torch.inf).flatten(2)
         entry = torch.arange(value.shape[2], device=device).expand_as(value)
         entry = entry if self.distractors else entry + (row * len(end))[:, None, None]
-        blocks, more, which = self._far(layer, asking, begin, fresh, layout)
-        value = torch.cat((value.flip(2), more), 2)  # of the same value, the newest first
-        entry = torch.cat((entry.flip(2), which + len(near.start)), 2)
+        value, entry = value.flip(2), entry.flip(2)  # of the same value, the newest first
+        blocks: list[tuple[int, Block]] = []
+        if self.keep:
+            blocks, more, which = self._far(layer, asking, begin, fresh, layout)
+            value, entry = torch.cat((value, more), 2), torch.cat((entry, which + len(near.start)), 2)
         value, order = torch.sort(value, dim=2, descending=True, stable=True)
         value, entry = (_first(z, g.blocks, fill) for z, fill in ((value, -torch.inf), (entry.gather(2, order), 0)))
 
@@ -655,16 +657,13 @@ class Storage:
         """Candidates from outside the call: (row, block), and for every stride the score and number [B, G, n] of those
         that were found for it now, or, where the call began inside a stride, for that one before."""
         g, kept = self.geometry[layer], self.layers[layer]
-        pairs: list[tuple[int, int]] = []
-        results: list[list[tuple[float, Block]]] = []
-        if self.keep:
-            pairs = [(int(b), int(i)) for b, i in fresh.nonzero()]
-            starts = [(row, int(begin[row, i])) for row, i in pairs]
-            results = self._search(layer, starts, asking[fresh]) if pairs else []
-            for row, offset in enumerate(layout.offset.tolist()):
-                if offset % g.stride and kept.found[row]:
-                    pairs.append((row, offset // g.stride))
-                    results.append([(np.inf, block) for block in kept.found[row]])
+        pairs = [(int(b), int(i)) for b, i in fresh.nonzero()]
+        starts = [(row, int(begin[row, i])) for row, i in pairs]
+        results = self._search(layer, starts, asking[fresh]) if pairs else []
+        for row, offset in enumerate(layout.offset.tolist()):
+            if offset % g.stride and kept.found[row]:
+                pairs.append((row, offset // g.stride))
+                results.append([(np.inf, block) for block in kept.found[row]])
         most = max(map(len, results), default=0)
         value = asking.new_full((*begin.shape, most), -torch.inf)
         which = torch.zeros(value.shape, dtype=torch.int64, device=value.device)
