@@ -29,7 +29,9 @@ the largest of them, over the tokens that ask and its keys.
 
 In training there is no store: rows read the earlier blocks of their own call, and with `distractors` these compete
 with the earlier blocks of all other rows, as in the Focused Transformer (Tworkowski et al. 2023, arXiv 2307.03170).
-Gradients flow through the keys and values read, not through the choice. After Span-Expanded Attention (Nunez et al.
+There a block is found by all of its keys, and what is attended to in it teaches admission, so that later the few keys
+by which it is found are those that are looked for. Gradients flow through the keys and values read, not through the
+choice. After Span-Expanded Attention (Nunez et al.
 2024, arXiv 2412.13328), whose code is not public, InfLLM (arXiv 2402.04617; keys that stand for a block) and
 Memorizing Transformers (arXiv 2203.08913).
 
@@ -285,10 +287,14 @@ class Geometry:
             base = torch.where(start < 0, base, start)
         return base[..., None] + inner
 
+    def turned(self, k: Tensor) -> Tensor:
+        """Keys [..., block, K, P] turned by their places in the block: [..., block, D]."""
+        return self.turn(k, torch.arange(k.shape[-3], device=k.device)).flatten(-2)
+
     def found_by(self, k: Tensor, score: Tensor | None) -> Tensor:
         """What blocks are found by [..., r, D], from keys [..., block, K, P] not turned, and scores [..., block]."""
         count = k.shape[-3]
-        k = self.turn(k, torch.arange(count, device=k.device)).flatten(-2)
+        k = self.turned(k)
         if score is None:
             return torch.stack([part.mean(-2) for part in k.tensor_split(min(self.keys, count), -2)], -2)
         index = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., : self.keys]
@@ -546,13 +552,15 @@ class Storage:
         position, _ = layout.sources(g.window)
         k, v = self._rounded(g.turn(k, -position))[:, g.window + place], self._rounded(v)[:, g.window + place]
         scores = None if score is None else layout.history(kept.score, score, g.block)
-        keys = self._rounded(g.found_by(k, None if scores is None else scores[:, g.block + place]))  # [B, U, r, D]
+        of = None if scores is None else scores[:, g.block + place]
+        keys = self._rounded(g.found_by(k, of)) if self.keep else g.turned(k)  # [B, U, r, D]
         parts = k, v, first, row[:, None].expand_as(first), torch.full_like(first, g.block)
         near = Pool(*(z.flatten(0, 1) for z in parts))
 
         if not self.find:
-            kept.score = None if scores is None else layout.ring(scores, g.block)
-            self._made(layer, near, keys, scores, place, done)
+            if self.keep:
+                kept.score = None if scores is None else layout.ring(scores, g.block)
+                self._made(layer, near, keys, scores, place, done)
             return None
 
         slot = torch.arange(0, layout.slots, g.stride, device=device)  # where strides begin
@@ -563,9 +571,10 @@ class Storage:
         asking = asked[:, : layout.slots].unflatten(1, (len(slot), g.stride))[:, :, : g.queries]
         asking = g.asking(asking.unflatten(-1, q.shape[2:]), begin).detach()  # [B, G, n, D]
 
-        pairs = "bgnd,curd->bgcunr" if self.distractors else "bgnd,burd->bgunr"
-        value = torch.einsum(pairs, asking, keys.detach()).amax((-1, -2))
-        value = value if self.distractors else value[:, :, None]  # [B, G, B or 1, U]
+        rows = keys.detach()[:, None] if self.distractors else keys.detach()[None]  # one at a time, for their memory
+        value = torch.stack(
+            [torch.einsum("bgnd,burd->bgunr", asking, z.expand(len(row), -1, -1, -1)).amax((-1, -2)) for z in rows], 2
+        )  # [B, G, B or 1, U]
         segment = layout.segment_of_slot
         past = done[:, None] & (end <= slot[:, None])  # [B, G, U]
         seen = past & (segment[:, None, end - 1] == segment[:, slot, None])
@@ -600,8 +609,10 @@ class Storage:
             kept.score = None if scores is None else layout.ring(scores, g.block)
             made = self._made(layer, near, keys, scores, place, done)
             self._remember(kept, made, blocks, entry, value, layout)
+        token = None if self.keep else entry[..., None] // len(end) * layout.slots + place[entry % len(end)]
         shape = (q.shape[0], layout.chunks, -1)
-        return Slots(*(z.reshape(*shape, *z.shape[4:]) for z in (k, pool.v[entry], from_slot, last)))
+        k, v, from_slot, last = (z.reshape(*shape, *z.shape[4:]) for z in (k, pool.v[entry], from_slot, last))
+        return Slots(k, v, from_slot, last, None if token is None else token.reshape(shape))
 
     def step(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, held: Tensor | None, at: Step
