@@ -22,7 +22,7 @@ def sweep(*arguments, task="mqar"):
 
 
 def test_a_sweep_over_layers_with_storage(bmojo, in_a_folder_of_its_own):
-    code, out, err = bmojo(*sweep("--set", "storage_layers=-1", "--set", "storage_block=16", "--json"))
+    code, _, err = bmojo(*sweep("--set", "storage_layers=-1", "--set", "storage_block=16", "--json"))
     assert code == 0, err
     results = json.loads((in_a_folder_of_its_own / "runs/sweep/mqar/results.json").read_text())
     assert "storage_layers" in json.dumps(results)
