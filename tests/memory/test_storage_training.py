@@ -13,6 +13,7 @@ from bmojo.memory.storage import Storage
 
 def drawn(data, rows: int, time: int) -> tuple[BMojoLM, torch.Tensor, torch.Generator]:
     config = data.draw(storage_configs())
+    config = config.replace(storage_keys=config.storage_block)  # as in training blocks are found by all keys
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     x = torch.randn(rows, time, config.hidden_size, dtype=torch.float64, generator=generator)
     return make_model(config).train(), x, generator
