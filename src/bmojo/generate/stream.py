@@ -437,12 +437,11 @@ class Stream:
         *,
         store: Store | None = None,
         write: bool = True,
-        decay: bool | None = None,
         **sampling: Any,
     ) -> Stream:
         """What `save` wrote: it goes on bit for bit, in any process. `sampling` changes settings. A stream with a store
-        goes on with that, given here; where the store has a later part of it than was saved, as a branch. It has decay
-        if it had it when saved, and `decay` does not say otherwise.
+        goes on with that, given here, and with decay if it had it; where the store has a later part of it than was
+        saved, as a branch.
 
         A memory that MemoryState.save wrote is a stream all of which was read. Raises StateError for a file that is
         none, damaged, newer, or of another model, weights or tokenizer.
