@@ -1,4 +1,4 @@
-"""Decay in what a layer reads from storage: the same for any cutting of a stream, and what is new outweighs what is old."""
+"""Decay in what a layer reads from storage: the same for any cutting of a stream; what is new outweighs what is old."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ from cases import close, draw_tokens
 from test_storage import small, storage_of
 
 from bmojo.errors import ConfigError, StateError
-from bmojo.memory.decay import Decay, DecayPolicy
-from bmojo.memory.engines import Block
+from bmojo.memory.decay import Decay, DecayPolicy, rate_losses
 from bmojo.memory.engines.engine import MemoryEngine
-from bmojo.memory.faded import NOTES, Faded, biased_keys, biased_queries
+from bmojo.memory.faded import Faded, biased_keys, biased_queries
 from bmojo.memory.storage import Mark
 from bmojo.memory.store import Store
 from bmojo.ops.attention import attend_naive
 
 FAST = DecayPolicy(half_lives=(np.inf, 8, 2), clusters=0, exploration=0.1)  # a hundred tokens are some half-lives
-# plain keys of layer 0 are those of the tokens alone: blocks would be alike up to the rounding of a store to float32
-CASES = {"bmojo": {}, "plain keys": {"conv_size": 0, "storage_layers": (1,)}, "true positions": {"positions": "true"}, "untied": {"tie_sources": False},
-         "stride 8": {"storage_stride": 8}, "long blocks": {"storage_block": 16}, "one layer": {"storage_layers": (1,)}}  # fmt: skip
+CASES = {
+    "bmojo": {},
+    # keys of layer 0 would be those of the tokens alone, and blocks alike up to the rounding of a store to float32
+    "plain keys": {"conv_size": 0, "storage_layers": (1,)},
+    "true positions": {"positions": "true"},
+    "untied": {"tie_sources": False},
+    "stride 8": {"storage_stride": 8},
+    "long blocks": {"storage_block": 16},
+    "one layer": {"storage_layers": (1,)},
+}
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["own", "store"])
@@ -34,10 +40,10 @@ def test_any_cutting_of_a_stream_gives_the_same(case, stored):
         model(draw_tokens(1, 200, seed=1), storage=other)
         other.store.flush()
 
-    def session(decay=Decay(FAST)):
+    def session(decay=True):
         store = Store(engine, publish=1e9) if stored else None
         replay = [(0, engine.pin(), (0, 0))] if stored else None
-        return storage_of(model, 2, store=store, replay=replay, decay=decay)
+        return storage_of(model, 2, store=store, replay=replay, decay=decay and Decay(FAST))
 
     whole = session()
     expected = model(tokens, storage=whole)[0]
@@ -112,8 +118,6 @@ def test_what_is_new_is_chosen_and_weighs_more_once_the_world_is_known_to_move()
 
 def test_heads_and_tokens_vote_by_their_logits():
     """The losses are those of `rate_losses` over every head and token."""
-    from bmojo.memory.decay import rate_losses
-
     torch.manual_seed(0)
     logits, votes = torch.randn(3, 2, 4, 5, dtype=torch.float64), torch.randint(0, 6, (4, 5))
     votes[1, 3:] = -1

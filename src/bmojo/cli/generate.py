@@ -79,7 +79,9 @@ def generate(
         else:
             text = Stream.load(resume_state, model, codec, **settings)
             if decay and not (text.storage is not None and text.storage.decays):
-                raise ConfigError(f"{resume_state} was begun without --decay; go on without it, or begin another stream")
+                raise ConfigError(
+                    f"{resume_state} was begun without --decay; go on without it, or begin another stream"
+                )
         text.feed(prompt if prompt_file is None else _read(prompt_file))
         if not text.snapshot().unread:
             raise DataError("there is nothing to go on from: give --prompt or --prompt-file")

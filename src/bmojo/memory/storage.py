@@ -55,9 +55,9 @@ from torch import Tensor
 from bmojo.config import ModelConfig
 from bmojo.errors import ConfigError, StateError
 from bmojo.memory.attention import Attention
+from bmojo.memory.decay import Decay
 from bmojo.memory.engines import Block, decode, encode
 from bmojo.memory.engines.block import frame_length, with_id
-from bmojo.memory.decay import Decay
 from bmojo.memory.faded import Faded, new_decay
 from bmojo.memory.layout import Layout
 from bmojo.memory.read import Slots
@@ -180,6 +180,8 @@ class Mark:
         """One of all their rows; they are of one model, all or none with decay, all or none a token old or more."""
         rows = {name: tuple(itertools.chain(*(getattr(mark, name) for mark in marks))) for name in cls._ROWS}
         rings = {name: torch.cat([mark.rings[name] for mark in marks]) for name in marks[0].rings}
+        if len({row.decay.policy for mark in marks for rows in mark.faded.values() for row in rows}) > 1:
+            raise StateError("streams with decay of other half-lives can't be in one batch; read them one by one")
         found, own, faded = (
             {
                 layer: tuple(itertools.chain(*(getattr(mark, name)[layer] for mark in marks)))
@@ -565,11 +567,11 @@ class Storage:
         value = value.masked_fill(~(seen & fresh[..., None, None]), -torch.inf).flatten(2)
         bias = None
         if kept.faded:
-            pairs = [(int(b), int(i)) for b, i in fresh.nonzero()]
-            aged = self._aged(layer, [(b, int(begin[b, i])) for b, i in pairs], asking[fresh])
+            due = [(int(b), int(i)) for b, i in fresh.nonzero()]
+            aged = self._aged(layer, [(b, int(begin[b, i])) for b, i in due], asking[fresh])
             made = self._made(layer, near, keys, scores, place, done)
             queries = asked[:, ring:].unflatten(-1, q.shape[2:])
-            others = dict(zip(pairs, aged, strict=True))
+            others = dict(zip(due, aged, strict=True))
             blocks, value, entry, bias = self._choose(layer, queries, value, others, begin, made, layout)
         else:
             entry = torch.arange(value.shape[2], device=device).expand_as(value)
@@ -599,14 +601,15 @@ class Storage:
                 made = self._made(layer, near, keys, scores, place, done)
                 self._remember(kept, made, blocks, entry, value, layout)
         shape = (q.shape[0], layout.chunks, -1)
-        slots = Slots(*(z.reshape(*shape, *z.shape[4:]) for z in (k, pool.v[entry], from_slot, last)))
-        return slots, None if bias is None else bias[..., None].expand(*bias.shape, g.block).reshape(shape)
+        stored = Slots(*(z.reshape(*shape, *z.shape[4:]) for z in (k, pool.v[entry], from_slot, last)))
+        return stored, None if bias is None else bias.repeat_interleave(g.block, 2).reshape(shape)
 
     def step(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, held: Tensor | None, at: Step
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
         """`read` for one token a row: k, v [B, M, K, P], the mask [B, M] of what its query q [B, H, P] sees, and the
-        bias [B, M], None without decay; None if nothing was found. k, v [B, W, K, P]: the window's rings with this token; score [B]; held [B, E]."""
+        bias [B, M], None without decay; None if nothing was found. k, v [B, W, K, P]: the window's rings with this
+        token; score [B]; held [B, E]."""
         g, kept = self.geometry[layer], self.layers[layer]
         position = at.positions
         if kept.asking is None:
@@ -721,16 +724,14 @@ class Storage:
         """How many of the last queries are kept."""
         return g.stride if self.decays else g.queries
 
-    def _aged(
-        self, layer: int, strides: Sequence[tuple[int, int]], asking: Tensor
-    ) -> list[list[Aged]]:
+    def _aged(self, layer: int, strides: Sequence[tuple[int, int]], asking: Tensor) -> list[list[Aged]]:
         """For each (row, begin), with tokens asking [m, n, D]: (similarity, age, band, block) of the most similar of
         each band of age."""
-        g, faded = self.geometry[layer], self.layers[layer].faded[0]
         asks, heads = _numpy(asking), self.config.num_heads
-        ends = [int(h) for h in sorted(faded.decay.policy.half_lives) if np.isfinite(h)]
         found: list[list[Aged]] = [[] for _ in strides]
-        for band, ages in enumerate(itertools.pairwise([0, *ends, None])):
+        lives = sorted(self.layers[layer].faded[0].decay.policy.half_lives)
+        newer = [0, *(int(h) for h in lives if np.isfinite(h))]
+        for band, ages in enumerate(zip(newer, [*newer[1:], None], strict=True)):
             each = self._nearest(layer, strides, asks, ages) if strides else []
             for (row, begin), some, mine in zip(strides, each, found, strict=True):
                 mine += [(score / heads, self._age(row, begin, block), band, block) for score, block in some]
@@ -748,15 +749,17 @@ class Storage:
         kept = self.layers[layer]
         kept.found[row], kept.faded[row] = [], dataclasses.replace(kept.faded[row], age=(), bias=())
         if candidates:
-            *columns, blocks = zip(*candidates, strict=True)
-            count = self.config.storage_blocks
-            index, kept.faded[row] = kept.faded[row].choose(*map(np.array, columns), count, begin)
+            similarity, age, band, blocks = zip(*candidates, strict=True)
+            each = np.array(similarity), np.array(age), np.array(band)
+            index, kept.faded[row] = kept.faded[row].choose(*each, self.config.storage_blocks, begin)
             kept.found[row] = [blocks[n] for n in index]
 
     def _learn(self, layer: int, row: int, begin: int, q: Tensor, tokens: Tensor) -> None:
         """The stride from `begin` on is read: its queries [stride, H, P] and tokens [stride]."""
         g, kept = self.geometry[layer], self.layers[layer]
         found, faded = kept.found[row], kept.faded[row]
+        if not found:
+            return
         pool = self._pool([(row, block) for block in found], g, q)
         start = torch.where(pool.owner >= 0, pool.start, NOWHERE)
         k = g.turn(pool.k, g.stands(torch.full_like(start, begin), start))
@@ -790,10 +793,11 @@ class Storage:
         for (row, i), at in np.ndenumerate(begin.cpu().numpy()):
             slots, offset = slice(i * g.stride, (i + 1) * g.stride), int(layout.offset[row])
             if (row, i) in theirs:
-                mine = [made[row * places + u] for u in np.flatnonzero(scores[row, i] > -np.inf)[::-1].tolist()]
+                those = np.flatnonzero(scores[row, i] > -np.inf)[::-1]  # the newest first
+                mine = [made[row * places + u] for u in those.tolist()]
                 ages = [(int(at) - block.start) // g.block for block in mine]
                 bands = kept.faded[row].bands(np.array(ages)).tolist()
-                values = [scores[row, i, u] for u in np.flatnonzero(scores[row, i] > -np.inf)[::-1].tolist()]
+                values = scores[row, i, those].tolist()
                 self._rank(layer, row, int(at), [*zip(values, ages, bands, mine, strict=True), *theirs[row, i]])
             elif not slots.start < offset < slots.stop:
                 continue
