@@ -38,7 +38,8 @@ from bmojo.train.machine import machine
 
 STRETCH = 6144
 STORAGE: dict[str, Any] = {"window": 64, "chunk_size": 64, "storage_layers": (0,), "storage_block": 64,
-                           "storage_keys": 64, "storage_stride": 4, "storage_queries": 4, "storage_blocks": 16}  # fmt: skip
+                           "storage_keys": 64, "storage_stride": 4, "storage_queries": 4,
+                           "storage_blocks": 16}  # fmt: skip
 RULES: dict[str, Decay | bool | None] = {
     "the window alone": None,
     "no decay": False,

@@ -116,3 +116,27 @@ def test_refusals(store, tmp_path):
     Store.open(tmp_path / "store", MODEL.with_settings(storage_stride=8, storage_blocks=2), mode="r").close()
     with pytest.raises(ConfigError, match="begins with it"):
         Stream(MODEL, store=store, state=Stream(MODEL).feed([1]).state)
+
+
+def test_decay_goes_with_the_stream(store, tmp_path):
+    def begin(**options):
+        return Stream(MODEL, store=store, write=False, decay=True, **CHOICE, **options).feed(TOKENS[:333])
+
+    found = list(begin().generate(90))
+    assert found != expected(store, TOKENS[:333], 90)
+    stream = begin()
+    assert list(stream.generate(45)) == found[:45]
+    stream.save(tmp_path / "stream.safetensors")
+    saved = Stream.load(tmp_path / "stream.safetensors", MODEL, store=store, write=False)
+    for again in (saved, stream.fork(write=False), stream):
+        assert list(again.generate(45)) == found[45:]
+    assert [row[0] for row in generate_batch([begin(), begin()], 60)] == found[:60]
+    with pytest.raises(ConfigError, match="have decay"):
+        generate_batch([begin(), Stream(MODEL, store=store, write=False).feed([1])])
+    with Store.open(tmp_path / "new", MODEL) as new:
+        stream = Stream(MODEL, store=new, name="mine", decay=True).feed(TOKENS)
+        stream.snapshot()
+        half_life = stream.storage.half_life
+    with Store.open(tmp_path / "new", MODEL, mode="r") as new:
+        assert min(new.stats()["half_life"].values()) == half_life[0]
+        assert new.engine.sources().keys() == {"mine", "bmojo:decay"}
