@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from bmojo.data.tokenizers import ByteTokenizer
+from bmojo.memory.decay import Decay, DecayPolicy
 from bmojo.memory.engines import Block, open_store
+from bmojo.memory.faded import NOTES
 
 
 def block(text: str, source: str, start: int = 0) -> Block:
@@ -20,6 +22,7 @@ def store(request, tmp_path):
     with open_store(folder, engine=request.param, mode="a", meta={"window": 64}) as engine:
         engine.put([block("Hello wörld", "a.txt"), block("and more", "a.txt", 12), block("a secret", "b.txt")])
         engine.note("a.txt", hash="00ff", tokens=19)
+        engine.note(NOTES, **{"layer-1": Decay(DecayPolicy(half_lives=(30,), clusters=0)).to_dict()})
     return folder
 
 
@@ -28,7 +31,11 @@ def test_stats(bmojo, store):
     assert (code, err) == (0, "")
     assert "3 blocks; 28 tokens, of 2 sources" in out
     assert "19  a.txt" in out
+    assert "layer 1: half-life 30 blocks" in out
+    assert NOTES not in out
     found = json.loads(bmojo("store", "stats", "--store", store, "--json")[1])
+    assert found["half_life"] == {"1": pytest.approx(30)}
+    assert found["by_source"].keys() == {"a.txt", "b.txt"}
     assert found["by_source"]["a.txt"] == {"blocks": 2, "tokens": 19, "hash": "00ff"}
     assert (found["blocks"], found["deleted"], found["meta"]) == (3, 0, {"window": 64})
 

@@ -133,3 +133,27 @@ def test_a_memory_alone_is_no_stream_with_a_store(store, tmp_path):
     Stream(MODEL).feed([1]).state.save(tmp_path / "memory")
     with pytest.raises(ConfigError, match="begins with it"):
         Stream.load(tmp_path / "memory", MODEL, store=store)
+
+
+def test_decay_goes_with_the_stream(store, tmp_path):
+    def begin(**options):
+        return Stream(MODEL, store=store, write=False, decay=True, **CHOICE, **options).feed(TOKENS[:333])
+
+    found = list(begin().generate(90))
+    assert found != expected(store, TOKENS[:333], 90)
+    stream = begin()
+    assert list(stream.generate(45)) == found[:45]
+    stream.save(tmp_path / "stream.safetensors")
+    saved = Stream.load(tmp_path / "stream.safetensors", MODEL, store=store, write=False)
+    for again in (saved, stream.fork(write=False), stream):
+        assert list(again.generate(45)) == found[45:]
+    assert [row[0] for row in generate_batch([begin(), begin()], 60)] == found[:60]
+    with pytest.raises(ConfigError, match="have decay"):
+        generate_batch([begin(), Stream(MODEL, store=store, write=False).feed([1])])
+    with Store.open(tmp_path / "new", MODEL) as new:
+        stream = Stream(MODEL, store=new, name="mine", decay=True).feed(TOKENS)
+        stream.snapshot()
+        half_life = stream.storage.half_life
+    with Store.open(tmp_path / "new", MODEL, mode="r") as new:
+        assert min(new.stats()["half_life"].values()) == half_life[0]
+        assert new.engine.sources().keys() == {"mine", "bmojo:decay"}

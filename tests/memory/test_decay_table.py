@@ -47,7 +47,9 @@ def test_the_floor_is_what_the_known_map_needs(benchmark):
     assert round(benchmark.FLOOR, 3) == 0.815
 
 
-@pytest.mark.parametrize(("results", "value"), [("decay", "bits"), ("decay_retrieval", "mean")])
+@pytest.mark.parametrize(
+    ("results", "value"), [("decay", "bits"), ("decay_retrieval", "mean"), ("decay_storage", "mean")]
+)
 def test_the_page_shows_what_was_measured(results, value):
     page = PAGE.read_text()
     report = json.loads((ROOT / f"docs/results/{results}/results.json").read_text())

@@ -44,6 +44,7 @@ def generate(
     stride: Annotated[int | None, typer.Option(help="Tokens between two searches of --store.")] = None,
     blocks: Annotated[int | None, typer.Option(help="Blocks found by each.")] = None,
     cite: Annotated[bool, typer.Option("--cite", help="Say which stored text was attended to most.")] = False,
+    decay: Annotated[bool, typer.Option("--decay", help="What is old in --store counts less, as is learned.")] = False,
     state: Annotated[Path | None, typer.Option(help="Write the stream here at the end (.safetensors).")] = None,
     resume_state: Annotated[Path | None, typer.Option(help="Go on from a stream that --state wrote.")] = None,
     tokenizer: TokenizerSpec = None,
@@ -58,8 +59,8 @@ def generate(
         raise ConfigError("--stream keeps the stream by itself; leave out --state and --resume-state")
     if stream is None and streams_dir is not None:
         raise ConfigError("--streams-dir is the folder of --stream; name the stream")
-    if store is None and (read_only or cite or stride is not None or blocks is not None):
-        raise ConfigError("--read-only, --stride, --blocks and --cite are about a store; give --store")
+    if store is None and (read_only or cite or decay or stride is not None or blocks is not None):
+        raise ConfigError("--read-only, --stride, --blocks, --cite and --decay are about a store; give --store")
     if state is not None:
         _require_writable(state)
     use_threads(threads)
@@ -75,9 +76,13 @@ def generate(
             state = held.enter_context(_kept(streams_dir or folder / "streams", stream))
             resume_state = state if state.exists() else None
         if resume_state is None:
-            text = Stream(model, codec, name=stream, **settings)
+            text = Stream(model, codec, name=stream, decay=decay, **settings)
         else:
             text = Stream.load(resume_state, model, codec, **settings)
+            if decay and not (text.storage is not None and text.storage.decays):
+                raise ConfigError(
+                    f"{resume_state} was begun without --decay; go on without it, or begin another stream"
+                )
         text.feed(prompt if prompt_file is None else _read(prompt_file))
         if not text.snapshot().unread:
             raise DataError("there is nothing to go on from: give --prompt or --prompt-file")

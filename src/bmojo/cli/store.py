@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -21,11 +22,16 @@ if TYPE_CHECKING:
 
 def stats(store: StorePath, as_json: AsJson = False) -> None:
     from bmojo.memory.engines import open_store
+    from bmojo.memory.faded import NOTES
+    from bmojo.memory.store import half_lives
 
     with open_store(store) as engine:
-        found, sources = engine.stats(), engine.sources()
+        found, sources, learned = engine.stats(), engine.sources(), half_lives(engine)
+    if sources.pop(NOTES, None) is not None:
+        found["sources"] -= 1
     if as_json:
-        print(json.dumps({**found, "meta": engine.meta, "by_source": sources}))
+        lives = {layer: None if math.isinf(h) else h for layer, h in learned.items()}
+        print(json.dumps({**found, "half_life": lives, "meta": engine.meta, "by_source": sources}))
         return
     hidden = f", {found['deleted']:,} more forgotten, not yet compacted" if found["deleted"] else ""
     print(f"{store}: {found['engine']}, {found['bytes'] / 1e6:,.1f} MB")
@@ -34,6 +40,8 @@ def stats(store: StorePath, as_json: AsJson = False) -> None:
         print(f"{facts['tokens']:>12,}  {name}")
     if len(sources) > 20:
         print(f"and {len(sources) - 20:,} more sources: see --json")
+    for layer, half_life in learned.items():
+        print(f"layer {layer}: half-life {half_life:,.0f} blocks")
 
 
 def compact(store: StorePath) -> None:

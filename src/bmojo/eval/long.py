@@ -171,7 +171,7 @@ class _Noting(Storage):
     """Notes the queries of the last layer with storage [B, L, H, P], turned by their positions [B, L]."""
 
     def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, held: Tensor | None,
-             layout: Layout) -> Slots | None:  # fmt: skip
+             layout: Layout) -> tuple[Slots, Tensor | None] | None:  # fmt: skip
         self.noted = layer, layout.restore(q), layout.restore(layout.position)
         return super().read(layer, q, k, v, score, held, layout)
 

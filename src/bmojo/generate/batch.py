@@ -32,9 +32,11 @@ def generate_batch(
         raise ConfigError("a stream can be only once in a batch; take stream.fork() for another one")
     if len({id(stream.model) for stream in streams}) > 1:
         raise ConfigError("the streams of a batch must be of one model object, got several")
-    kinds = {None if s.storage is None else (id(s.storage.store), s.storage.write) for s in streams}
+    kinds = {None if s.storage is None else (id(s.storage.store), s.storage.write, s.storage.decays) for s in streams}
     if len(kinds) > 1:
-        raise ConfigError("the streams of a batch must all have the same store, and all hand over to it, or none")
+        raise ConfigError(
+            "the streams of a batch must all have the same store, and all or none hand over to it and have decay"
+        )
     return _generate(streams, max_tokens, frozenset(stop_ids))
 
 

@@ -86,6 +86,7 @@ class Stream:
     store: a long-term memory of this model, that the stream reads and, with `write`, hands over what it has read to,
     under its `name` (None: one of its own; one that the store has: as another branch of that); see
     `bmojo.memory.storage`. Other streams with this store find it there.
+    decay: what is stored counts less as it grows older, as fast as what it foretells no longer comes (docs/decay.md).
 
     Any way of cutting what is fed into pieces (of text: at the bounds of tokens) gives the same stream, bit for bit.
     What was generated is part of the stream, a stop that ended it too; `feed` and `generate` go on after it.
@@ -104,6 +105,7 @@ class Stream:
         store: Store | None = None,
         name: str | None = None,
         write: bool = True,
+        decay: bool = False,
         **sampling: Any,
     ) -> None:
         if tokenizer is None and model.config.vocab_size == ByteTokenizer.vocab_size:
@@ -124,7 +126,7 @@ class Stream:
             if int(state.position):
                 raise ConfigError("a stream with a store begins with it: a state that has read tokens can't be given")
             name = f"stream-{secrets.token_hex(4)}" if name is None else name
-            self.storage = Storage(model.config, store=store, sources=[name], write=write)
+            self.storage = Storage(model.config, store=store, sources=[name], write=write, decay=decay)
             self.storage.restore(self.storage.mark())  # as a branch, if the store has that name
             self._stored = self.storage.mark()
         self._now = Snapshot(Sampling(**sampling), state, length=int(state.position), stored=self._stored)
@@ -440,7 +442,8 @@ class Stream:
         **sampling: Any,
     ) -> Stream:
         """What `save` wrote: it goes on bit for bit, in any process. `sampling` changes settings. A stream with a store
-        goes on with that, given here; where the store has a later part of it than was saved, as a branch.
+        goes on with that, given here, and with decay if it had it; where the store has a later part of it than was
+        saved, as a branch.
 
         A memory that MemoryState.save wrote is a stream all of which was read. Raises StateError for a file that is
         none, damaged, newer, or of another model, weights or tokenizer.

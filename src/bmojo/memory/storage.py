@@ -57,8 +57,10 @@ from torch import Tensor
 from bmojo.config import ModelConfig
 from bmojo.errors import ConfigError, StateError
 from bmojo.memory.attention import Attention
+from bmojo.memory.decay import Decay
 from bmojo.memory.engines import Block, decode, encode
 from bmojo.memory.engines.block import frame_length, with_id
+from bmojo.memory.faded import Faded, new_decay
 from bmojo.memory.layout import Layout
 from bmojo.memory.read import Slots
 from bmojo.memory.step import Step
@@ -71,6 +73,7 @@ BRANCH = "@branch-"
 RINGS = ("tokens", "asking", "score")
 Rows = list[list[Block]]
 Pin = tuple[int, int, tuple[int, ...]]
+Aged = tuple[float, int, int, Block]  # similarity, age, band of age
 
 
 class Own:
@@ -85,20 +88,20 @@ class Own:
         self.blocks.append(block)
         self._keys = None
 
-    def best(self, asking: np.ndarray, before: int, count: int) -> list[tuple[float, Block]]:
-        """The `count` blocks of highest score that start before `before`, for tokens asking [n, D], and any that equal
-        the last."""
+    def best(self, asking: np.ndarray, before: int, count: int, after: int = 0) -> list[tuple[float, Block]]:
+        """The `count` blocks of highest score that start from `after` on and before `before`, for tokens asking [n, D],
+        and any that equal the last."""
         if self._keys is None and self.blocks:
             self._keys = np.stack([block.keys for block in self.blocks]).astype(asking.dtype)
-        until = bisect.bisect_left(self.blocks, before, key=lambda block: block.start)
-        if not until:
+        since, until = (bisect.bisect_left(self.blocks, at, key=lambda block: block.start) for at in (after, before))
+        if until <= since:
             return []
         assert self._keys is not None
-        keys = self._keys[:until]
+        keys = self._keys[since:until]
         score = (asking @ keys.reshape(-1, keys.shape[-1]).T).reshape(len(asking), *keys.shape[:2]).max((0, 2))
-        least = np.partition(score, -count)[-count] if until > count else -np.inf
+        least = np.partition(score, -count)[-count] if len(score) > count else -np.inf
         best = np.flatnonzero(score >= least)
-        return [(float(score[i]), self.blocks[i]) for i in best]
+        return [(float(score[i]), self.blocks[since + i]) for i in best]
 
     def release(self, start: int) -> list[Block]:
         """Forget the blocks that start before `start`: those."""
@@ -127,22 +130,25 @@ class Pool:
 @dataclass
 class Laid:
     """What was found, as decoding reads it: k, v [B, M, K, P], turned; the position of each token in its own source
-    [B, M], far below 0 if in another; whether it may be seen; the newest position."""
+    [B, M], far below 0 if in another; whether it may be seen; the newest position; with decay, the bias [B, M]."""
 
     k: Tensor
     v: Tensor
     position: Tensor
     seen: Tensor
     newest: int
+    bias: Tensor | None = None
 
 
 @dataclass
 class Kept:
     """What a layer keeps between calls: rings of the tokens that ask [B, n, H * P] and of scores [B, block]; of each
-    row, what was found for its stride, and its own blocks."""
+    row, what was found for its stride, its own blocks, and, with decay, what it makes of them. With decay the ring of
+    tokens that ask holds all of a stride: its predictions are what is learned from."""
 
     found: Rows
     own: list[Own]
+    faded: list[Faded] = dataclasses.field(default_factory=list)
     asking: Tensor | None = None
     score: Tensor | None = None
     laid: Laid | None = None
@@ -155,7 +161,7 @@ class Mark:
     Of each row: the names of its source and of those whose past it shares, up to a position; tokens read; blocks handed
     to the store under its name; the position from which on the session keeps its own blocks. `rings` holds the last
     tokens and, of each layer, what its blocks and its questions are made of; `found` and `own`, of each layer and row,
-    the blocks found for the stride it is in, and its own.
+    the blocks found for the stride it is in, and its own; `faded`, with decay, its weights.
     """
 
     sources: tuple[str, ...]
@@ -167,19 +173,26 @@ class Mark:
     rings: dict[str, Tensor]
     found: dict[int, tuple[tuple[Block, ...], ...]]
     own: dict[int, tuple[tuple[Block, ...], ...]]
+    faded: dict[int, tuple[Faded, ...]] = dataclasses.field(default_factory=dict)
 
     _ROWS: ClassVar = ("sources", "ancestors", "positions", "handed", "released")
 
     @classmethod
     def cat(cls, marks: Sequence[Mark]) -> Mark:
-        """One of all their rows; they are of one model and at least one token old, or none is."""
+        """One of all their rows; they are of one model, all or none with decay, all or none a token old or more."""
         rows = {name: tuple(itertools.chain(*(getattr(mark, name) for mark in marks))) for name in cls._ROWS}
         rings = {name: torch.cat([mark.rings[name] for mark in marks]) for name in marks[0].rings}
-        found, own = (
-            {layer: tuple(itertools.chain(*(getattr(mark, name)[layer] for mark in marks))) for layer in marks[0].own}
-            for name in ("found", "own")
+        if len({row.decay.policy for mark in marks for rows in mark.faded.values() for row in rows}) > 1:
+            raise StateError("streams with decay of other half-lives can't be in one batch; read them one by one")
+        found, own, faded = (
+            {
+                layer: tuple(itertools.chain(*(getattr(mark, name)[layer] for mark in marks)))
+                for layer in getattr(marks[0], name)
+            }
+            for name in ("found", "own", "faded")
         )
-        return cls(generation=max(mark.generation for mark in marks), rings=rings, found=found, own=own, **rows)
+        newest = max(mark.generation for mark in marks)
+        return cls(generation=newest, rings=rings, found=found, own=own, faded=faded, **rows)
 
     def split(self) -> list[Mark]:
         """One of each row."""
@@ -189,6 +202,7 @@ class Mark:
                 rings={name: ring[row : row + 1] for name, ring in self.rings.items()},
                 found={layer: blocks[row : row + 1] for layer, blocks in self.found.items()},
                 own={layer: blocks[row : row + 1] for layer, blocks in self.own.items()},
+                faded={layer: rows[row : row + 1] for layer, rows in self.faded.items()},
                 **{name: getattr(self, name)[row : row + 1] for name in self._ROWS},
             )
             for row in range(len(self.sources))
@@ -198,6 +212,8 @@ class Mark:
         """As tensors that a file can hold. Of the blocks of other sources they hold the ids alone: what is forgotten is
         to be gone."""
         facts: dict[str, Any] = {name: getattr(self, name) for name in (*self._ROWS, "generation")}
+        if self.faded:
+            facts["decay"] = {layer: [row.to_dict() for row in rows] for layer, rows in self.faded.items()}
         tensors = dict(self.rings)
         for name in ("found", "own"):
             for layer, rows in getattr(self, name).items():
@@ -221,16 +237,21 @@ class Mark:
             facts = json.loads(tensors["facts"].cpu().numpy().tobytes())
             rows = {name: tuple(facts[name]) for name in cls._ROWS}
             parts: dict[str, dict[int, list[tuple[Block, ...]]]] = {"found": {}, "own": {}}
+            there: dict[str, list[bool]] = {}
             for name in sorted(tensors, key=_by_number):
                 kind, *where = name.split(".")
                 if kind in parts:
                     mine = iter(_blocks(tensors[name].cpu().numpy().tobytes()))
-                    blocks = (next(mine) if number < 0 else others(number) for number in facts[name])
-                    present = tuple(block for block in blocks if block is not None)
-                    parts[kind].setdefault(int(where[0]), []).append(present)
+                    blocks = [next(mine) if number < 0 else others(number) for number in facts[name]]
+                    there[name] = [block is not None for block in blocks]
+                    parts[kind].setdefault(int(where[0]), []).append(tuple(b for b in blocks if b is not None))
             found, own = ({layer: tuple(all_rows) for layer, all_rows in parts[kind].items()} for kind in parts)
             rings = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in RINGS}
-            return cls(generation=facts["generation"], rings=rings, found=found, own=own, **rows)
+            faded = {
+                int(layer): tuple(Faded.from_dict(d).only(there[f"found.{layer}.{row}"]) for row, d in enumerate(each))
+                for layer, each in facts.get("decay", {}).items()
+            }
+            return cls(generation=facts["generation"], rings=rings, found=found, own=own, faded=faded, **rows)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StateError(f"what was saved of a storage is damaged ({error}); save the stream again") from None
 
@@ -320,6 +341,12 @@ class Storage:
     logits.
     What is deleted from the store is gone from replays too.
 
+    `decay`: what was stored counts less as it grows older, by half-lives that are learned from prediction, each row and
+    layer its own (`bmojo.memory.faded`, docs/decay.md). True begins with what the store has learned, which a session
+    that hands over to it adds to; a replay takes the `Decay` that the session began with. Ages are in blocks: of its
+    own past, of what the row has read since; of others, of what a layer of the store has been given since or, if that
+    is more, what it had been given before the row began and what the row has read. A mark brings its own weights.
+
     `attention`, if one is given to it, notes what the tokens of decoding steps attend to.
 
     Raises ConfigError for a model without storage layers.
@@ -341,6 +368,7 @@ class Storage:
         find: bool = True,
         record: list[Pin] | None = None,
         replay: Sequence[Pin] | None = None,
+        decay: bool | Decay = False,
     ) -> None:
         if not config.storage_layers:
             raise ConfigError(
@@ -373,10 +401,33 @@ class Storage:
         self.released: tuple[int, ...] = (0,) * rows
         self._tokens: Tensor | None = None  # [B, block] ring
         self._placed: Tensor | None = None  # [B, block + L] of the call
+        if decay:
+            if not keep:
+                raise ConfigError("decay is learned from call to call, and nothing outlasts one with keep=False")
+            if config.storage_stride > config.storage_block:
+                raise ConfigError(
+                    f"decay needs storage_stride to be at most storage_block ({config.storage_block}), "
+                    f"got {config.storage_stride}"
+                )
+            for layer, kept in self.layers.items():
+                begun = decay if isinstance(decay, Decay) else None if store is None else store.decay(layer)
+                kept.faded = [Faded(begun or new_decay())] * rows
 
     @property
     def rows(self) -> int:
         return len(self.sources)
+
+    @property
+    def decays(self) -> bool:
+        """Whether what is stored counts less as it grows older."""
+        return any(kept.faded for kept in self.layers.values())
+
+    @property
+    def half_life(self) -> list[float]:
+        """The metric `memory.half_life` of each row, in blocks, the least of its layers: see `Decay.half_life`. Empty
+        without decay."""
+        rows = zip(*(kept.faded for kept in self.layers.values()), strict=True)
+        return [min(faded.decay.half_life for faded in row) for row in rows]
 
     # as a value
     def mark(self) -> Mark:
@@ -396,6 +447,7 @@ class Storage:
             rings=rings,
             found={layer: tuple(map(tuple, kept.found)) for layer, kept in self.layers.items()},
             own={layer: tuple(map(self._with_ids, kept.own)) for layer, kept in self.layers.items()},
+            faded={layer: tuple(kept.faded) for layer, kept in self.layers.items() if kept.faded},
         )
 
     def settle(self) -> None:
@@ -419,6 +471,7 @@ class Storage:
             kept.asking, kept.score = (None if ring is None else ring.clone() for ring in (asking, score))
             kept.found, kept.laid = list(map(list, mark.found[layer])), None
             kept.own = [Own(blocks) for blocks in mark.own[layer]]
+            kept.faded = list(mark.faded.get(layer, ()))
             self._ids.update({_key(b): b.id for blocks in mark.own[layer] for b in blocks if b.id >= 0})
         if self.store is not None and self.write:
             for block in (b for kept in self.layers.values() for own in kept.own for b in own.blocks):
@@ -469,7 +522,9 @@ class Storage:
             return
         self._deleted = self.store.deleted
         for kept in self.layers.values():
-            kept.found = [[block for block in row if not gone(block)] for row in kept.found]
+            there = [[not gone(block) for block in row] for row in kept.found]
+            kept.found = [list(itertools.compress(*pair)) for pair in zip(kept.found, there, strict=True)]
+            kept.faded = [faded.only(mine) for faded, mine in zip(kept.faded, there, strict=False)]
             kept.own = [Own([block for block in own.blocks if not gone(block)]) for own in kept.own]
             kept.laid = None
 
@@ -532,13 +587,20 @@ class Storage:
             self._tokens = at.ring(self._placed, size)
             after = at.next_position.tolist()
         self._move(at)
+        new = [position == 0 for position in self.positions]
+        for kept in self.layers.values() if any(new) else ():
+            kept.faded = [
+                dataclasses.replace(faded, origin=self.generation) if is_new else faded
+                for faded, is_new in zip(kept.faded, new, strict=False)
+            ]
         self.positions = after
         self.read_tokens += tokens.shape[1]
 
     def read(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, held: Tensor | None, layout: Layout
-    ) -> Slots | None:
-        """What the queries q [B, L, H, P] of a call read from storage, if anything; what they complete is handed over.
+    ) -> tuple[Slots, Tensor | None] | None:
+        """What the queries q [B, L, H, P] of a call read from storage, if anything, and, with decay, the bias [B, N, E]
+        of its logits; what they complete is handed over.
 
         k, v [B, W + L, K, P]: keys and values of the call behind those of the window before it, k turned by true
         positions, as q is; score [B, L] of admission, or None; held [B, N, E]: the positions in each chunk's slots.
@@ -567,8 +629,9 @@ class Storage:
         begin = layout.position[:, :: g.stride]
         some = layout.valid.unflatten(1, (len(slot), g.stride)).any(2)
         fresh = some & (begin > 0) & (slot >= layout.offset[:, None])  # the others go on with what was found before
-        asked = layout.history(kept.asking, q.flatten(2), g.queries)
-        asking = asked[:, : layout.slots].unflatten(1, (len(slot), g.stride))[:, :, : g.queries]
+        ring = self._ring(g)
+        asked = layout.history(kept.asking, q.flatten(2), ring)
+        asking = asked[:, ring - g.queries :][:, : layout.slots].unflatten(1, (len(slot), g.stride))[:, :, : g.queries]
         asking = g.asking(asking.unflatten(-1, q.shape[2:]), begin).detach()  # [B, G, n, D]
 
         rows = keys.detach()[:, None] if self.distractors else keys.detach()[None]  # one at a time, for their memory
@@ -582,15 +645,23 @@ class Storage:
         if self.distractors:  # what other rows have read later may know, by way of layers below, of this row's future
             seen = torch.where((row[:, None] == row)[:, None, :, None], seen, past.transpose(0, 1))
         value = value.masked_fill(~(seen & fresh[..., None, None]), -torch.inf).flatten(2)
-        entry = torch.arange(value.shape[2], device=device).expand_as(value)
-        entry = entry if self.distractors else entry + (row * len(end))[:, None, None]
-        value, entry = value.flip(2), entry.flip(2)  # of the same value, the newest first
-        blocks: list[tuple[int, Block]] = []
-        if self.keep:
-            blocks, more, which = self._far(layer, asking, begin, fresh, layout)
-            value, entry = torch.cat((value, more), 2), torch.cat((entry, which + len(near.start)), 2)
-        value, order = torch.sort(value, dim=2, descending=True, stable=True)
-        value, entry = (_first(z, g.blocks, fill) for z, fill in ((value, -torch.inf), (entry.gather(2, order), 0)))
+        bias, blocks = None, list[tuple[int, Block]]()
+        if kept.faded:
+            due = [(int(b), int(i)) for b, i in fresh.nonzero()]
+            aged = self._aged(layer, [(b, int(begin[b, i])) for b, i in due], asking[fresh])
+            made = self._made(layer, near, keys, scores, place, done)
+            queries = asked[:, ring:].unflatten(-1, q.shape[2:])
+            others = dict(zip(due, aged, strict=True))
+            blocks, value, entry, bias = self._choose(layer, queries, value, others, begin, made, layout)
+        else:
+            entry = torch.arange(value.shape[2], device=device).expand_as(value)
+            entry = entry if self.distractors else entry + (row * len(end))[:, None, None]
+            value, entry = value.flip(2), entry.flip(2)  # of the same value, the newest first
+            if self.keep:
+                blocks, more, which = self._far(layer, asking, begin, fresh, layout)
+                value, entry = torch.cat((value, more), 2), torch.cat((entry, which + len(near.start)), 2)
+            value, order = torch.sort(value, dim=2, descending=True, stable=True)
+            value, entry = (_first(z, g.blocks, fill) for z, fill in ((value, -torch.inf), (entry.gather(2, order), 0)))
 
         pool = near.join(self._pool(blocks, g, k)) if blocks else near
         inner = torch.arange(g.block, device=device)
@@ -605,24 +676,27 @@ class Storage:
         last = (opens + g.stride - 1).masked_fill(~visible, -1)
         k = g.turn(pool.k[entry], g.stands(begin[..., None], start))
         if self.keep:
-            kept.asking, kept.laid = layout.ring(asked, g.queries), None
+            kept.asking, kept.laid = layout.ring(asked, ring), None
             kept.score = None if scores is None else layout.ring(scores, g.block)
-            made = self._made(layer, near, keys, scores, place, done)
-            self._remember(kept, made, blocks, entry, value, layout)
+            if not kept.faded:
+                made = self._made(layer, near, keys, scores, place, done)
+                self._remember(kept, made, blocks, entry, value, layout)
         token = None if self.keep else entry[..., None] // len(end) * layout.slots + place[entry % len(end)]
         shape = (q.shape[0], layout.chunks, -1)
         k, v, from_slot, last = (z.reshape(*shape, *z.shape[4:]) for z in (k, pool.v[entry], from_slot, last))
-        return Slots(k, v, from_slot, last, None if token is None else token.reshape(shape))
+        stored = Slots(k, v, from_slot, last, None if token is None else token.reshape(shape))
+        return stored, None if bias is None else bias.repeat_interleave(g.block, 2).reshape(shape)
 
     def step(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, held: Tensor | None, at: Step
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """`read` for one token a row: k, v [B, M, K, P] and the mask [B, M] of what its query q [B, H, P] sees; None if
-        nothing was found. k, v [B, W, K, P]: the window's rings with this token; score [B]; held [B, E]."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+        """`read` for one token a row: k, v [B, M, K, P], the mask [B, M] of what its query q [B, H, P] sees, and the
+        bias [B, M], None without decay; None if nothing was found. k, v [B, W, K, P]: the window's rings with this
+        token; score [B]; held [B, E]."""
         g, kept = self.geometry[layer], self.layers[layer]
         position = at.positions
         if kept.asking is None:
-            kept.asking = q.new_zeros(self.rows, g.queries, q[0].numel())
+            kept.asking = q.new_zeros(self.rows, self._ring(g), q[0].numel())
         if kept.score is None and score is not None:
             kept.score = score.new_zeros(self.rows, g.block)
         due = [row for row, p in enumerate(position) if p % g.stride == 0 and self.find]
@@ -630,18 +704,24 @@ class Storage:
             self._find_due(layer, due, position, q)
         if kept.laid is None:
             kept.laid = self._lay(layer, at, held, q)
-        kept.asking = put(kept.asking, at.position % g.queries, q.flatten(1))
+        kept.asking = put(kept.asking, at.position % kept.asking.shape[1], q.flatten(1))
         if score is not None:
             kept.score = put(kept.score, at.position % g.block, score)
         for row, p in enumerate(position):
             if (p + 1) % g.block == 0:
                 self._make(layer, row, p, k, v)
+            if kept.faded and (p + 1) % g.stride == 0:
+                assert self._tokens is not None
+                begin = p + 1 - g.stride
+                tokens = self._tokens[row, torch.arange(begin, p + 1, device=q.device) % g.block]
+                self._learn(layer, row, begin, kept.asking[row].view(-1, *q.shape[1:]), tokens)
         laid = kept.laid
         if not laid.k.shape[1]:
             return None
-        if laid.newest <= min(position) - g.window:
-            return laid.k, laid.v, laid.seen
-        return laid.k, laid.v, laid.seen & (laid.position <= (at.position - g.window)[:, None])
+        seen = laid.seen
+        if laid.newest > min(position) - g.window:
+            seen = seen & (laid.position <= (at.position - g.window)[:, None])
+        return laid.k, laid.v, seen, laid.bias
 
     def attended(self, layer: int, q: Tensor, keys: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         """Note the weights that the queries q [B, H, P] of a step give to the last of the sets of keys, those found."""
@@ -692,15 +772,24 @@ class Storage:
         self, layer: int, strides: Sequence[tuple[int, int]], asking: Tensor
     ) -> list[list[tuple[float, Block]]]:
         """For each (row, begin), with tokens asking [m, n, D]: the blocks of highest score, best first."""
+        return self._nearest(layer, strides, _numpy(asking))
+
+    def _nearest(
+        self, layer: int, strides: Sequence[tuple[int, int]], asks: np.ndarray, ages: tuple[int, int | None] = (0, None)
+    ) -> list[list[tuple[float, Block]]]:
+        """The same among those as old as `ages`, in blocks: from the first up to, not including, the second."""
         g, own = self.geometry[layer], self.layers[layer].own
-        asks = asking.detach().cpu().to(torch.promote_types(asking.dtype, torch.float32)).numpy()
+        newer, older = ages
         mine: list[list[tuple[float, int, int, Block | None]]] = []
         for (row, begin), each in zip(strides, asks, strict=True):
-            kept = own[row].best(each, begin + g.stride - g.window, g.blocks)
+            before = min(begin + g.stride - g.window, begin - newer * g.block + 1)
+            kept = own[row].best(each, before, g.blocks, 0 if older is None else begin - older * g.block + 1)
             mine.append([(score, 1, block.start, block) for score, block in kept])
         want = g.blocks + max(len(own[row].blocks) for row, _ in strides)
+        newest = self.generation - newer * len(self.layers)
+        after = -1 if older is None else max(-1, self.generation - older * len(self.layers))
         while True:
-            theirs = [[]] * len(mine) if self.store is None else self.store.search(layer, asks, want, self.generation)
+            theirs = [[]] * len(mine) if self.store is None else self.store.search(layer, asks, want, newest, after)
             results = []
             for (row, _), own_ones, found in zip(strides, mine, theirs, strict=True):
                 ranked = sorted([*own_ones, *((s, 0, n, None) for s, n in found)], key=lambda c: c[:3], reverse=True)
@@ -711,6 +800,98 @@ class Storage:
             ):
                 return results
             want *= 2  # much of what was found is of other branches of these streams
+
+    # with decay
+    def _ring(self, g: Geometry) -> int:
+        """How many of the last queries are kept."""
+        return g.stride if self.decays else g.queries
+
+    def _aged(self, layer: int, strides: Sequence[tuple[int, int]], asking: Tensor) -> list[list[Aged]]:
+        """For each (row, begin), with tokens asking [m, n, D]: (similarity, age, band, block) of the most similar of
+        each band of age."""
+        asks, heads = _numpy(asking), self.config.num_heads
+        found: list[list[Aged]] = [[] for _ in strides]
+        lives = sorted(self.layers[layer].faded[0].decay.policy.half_lives)
+        newer = [0, *(int(h) for h in lives if np.isfinite(h))]
+        for band, ages in enumerate(zip(newer, [*newer[1:], None], strict=True)):
+            each = self._nearest(layer, strides, asks, ages) if strides else []
+            for (row, begin), some, mine in zip(strides, each, found, strict=True):
+                mine += [(score / heads, self._age(row, begin, block), band, block) for score, block in some]
+        return found
+
+    def _age(self, row: int, begin: int, block: Block) -> int:
+        size = self.config.storage_block
+        if self._owns(row, block):
+            return (begin - block.start) // size
+        since = block.id - self.layers[block.layer].faded[row].origin
+        return max((self.generation - block.id) // len(self.layers), begin // size - since // len(self.layers))
+
+    def _rank(self, layer: int, row: int, begin: int, candidates: Sequence[Aged]) -> None:
+        """Find what the stride from `begin` on reads, among candidates, of equally similar ones the newest first."""
+        kept = self.layers[layer]
+        kept.found[row], kept.faded[row] = [], dataclasses.replace(kept.faded[row], age=(), bias=())
+        if candidates:
+            similarity, age, band, blocks = zip(*candidates, strict=True)
+            each = np.array(similarity), np.array(age), np.array(band)
+            index, kept.faded[row] = kept.faded[row].choose(*each, self.config.storage_blocks, begin)
+            kept.found[row] = [blocks[n] for n in index]
+
+    def _learn(self, layer: int, row: int, begin: int, q: Tensor, tokens: Tensor) -> None:
+        """The stride from `begin` on is read: its queries [stride, H, P] and tokens [stride]."""
+        g, kept = self.geometry[layer], self.layers[layer]
+        found, faded = kept.found[row], kept.faded[row]
+        if not found:
+            return
+        pool = self._pool([(row, block) for block in found], g, q)
+        start = torch.where(pool.owner >= 0, pool.start, NOWHERE)
+        k = g.turn(pool.k, g.stands(torch.full_like(start, begin), start))
+        q = q[:-1].unflatten(1, (g.kv_heads, -1)) * g.head_dim**-0.5
+        votes = torch.full((len(found), g.block), -1)
+        later = int(self.config.conv_size == 0)  # or a key is made of the tokens before, and its own came after these
+        for i, block in enumerate(found):
+            votes[i, : len(block.tokens) - later] = torch.from_numpy(block.tokens[later:].astype(np.int64))
+        logits = torch.einsum("nkgp,mbkp->nkgmb", q, k).flatten(1, 2)
+        kept.faded[row] = faded.learn(logits, votes.to(q.device), tokens[1:], self.config.vocab_size)
+        if self.store is not None and self.write:
+            self.store.learned(layer, kept.faded[row].decay)
+
+    def _choose(
+        self, layer: int, asked: Tensor, value: Tensor, theirs: dict[tuple[int, int], list[Aged]], begin: Tensor,
+        made: dict[int, Block], layout: Layout,
+    ) -> tuple[list[tuple[int, Block]], Tensor, Tensor, Tensor]:  # fmt: skip
+        """One stride after the other, as what is read in one teaches what to read in the next: the blocks from outside
+        the call that are read, and for every stride, whether (0, or -inf), which and with which bias [B, G, blocks].
+
+        asked [B, L, H, P]: queries; value [B, G, U]: scores of the blocks `made` in the call; `theirs`: of the others,
+        for the strides that begin in the call.
+        """
+        g, kept = self.geometry[layer], self.layers[layer]
+        assert self._placed is not None
+        scores, places, near = _numpy(value) / self.config.num_heads, value.shape[2], value.shape[0] * value.shape[2]
+        there = value.new_full((*begin.shape, g.blocks), -torch.inf)
+        entry, bias = torch.zeros_like(there, dtype=torch.int64), torch.zeros_like(there)
+        number = {(e // places, id(block)): e for e, block in made.items()}
+        far: list[tuple[int, Block]] = []
+        for (row, i), at in np.ndenumerate(begin.cpu().numpy()):
+            slots, offset = slice(i * g.stride, (i + 1) * g.stride), int(layout.offset[row])
+            if (row, i) in theirs:
+                those = np.flatnonzero(scores[row, i] > -np.inf)[::-1]  # the newest first
+                mine = [made[row * places + u] for u in those.tolist()]
+                ages = [(int(at) - block.start) // g.block for block in mine]
+                bands = kept.faded[row].bands(np.array(ages)).tolist()
+                values = scores[row, i, those].tolist()
+                self._rank(layer, row, int(at), [*zip(values, ages, bands, mine, strict=True), *theirs[row, i]])
+            elif not slots.start < offset < slots.stop:
+                continue
+            for rank, block in enumerate(kept.found[row]):
+                e = number.setdefault((row, id(block)), near + len(far))
+                if e == near + len(far):
+                    far.append((row, block))
+                there[row, i, rank], entry[row, i, rank], bias[row, i, rank] = 0, e, kept.faded[row].bias[rank]
+            if layout.valid[row, slots.stop - 1]:
+                self._learn(layer, row, int(at), asked[row, slots], self._placed[row, g.block :][slots])
+                kept.found[row] = []
+        return far, there, entry, bias
 
     def _best(
         self, candidates: Sequence[tuple[float, int, int, Block | None]], row: int, count: int
@@ -760,8 +941,12 @@ class Storage:
             return
         assert kept.asking is not None
         begin = torch.tensor([position[row] for row in asked], device=q.device)
-        asking = kept.asking[asked].unflatten(-1, q.shape[1:])
+        asking = kept.asking[asked, -g.queries :].unflatten(-1, q.shape[1:])
         strides = [(row, position[row]) for row in asked]
+        if kept.faded:
+            for (row, at), some in zip(strides, self._aged(layer, strides, g.asking(asking, begin)), strict=True):
+                self._rank(layer, row, at, some)
+            return
         for row, found in zip(asked, self._search(layer, strides, g.asking(asking, begin)), strict=True):
             kept.found[row] = [block for _, block in found]
 
@@ -789,7 +974,13 @@ class Storage:
         if held is not None:
             seen = seen & ~(own[..., None] == held[:, None]).any(-1)
         k = g.turn(pool.k[entry], g.stands(begin[:, None], start))
-        return Laid(k.flatten(1, 2), pool.v[entry].flatten(1, 2), own, seen, int(own.max()))
+        bias = None
+        if faded := self.layers[layer].faded:
+            bias = like.new_zeros(self.rows, most)
+            for row, each in enumerate(faded):
+                bias[row, : len(each.bias)] = like.new_tensor(each.bias)
+            bias = bias.repeat_interleave(g.block, 1)
+        return Laid(k.flatten(1, 2), pool.v[entry].flatten(1, 2), own, seen, int(own.max()), bias)
 
     # handing over
     def _rounded(self, x: Tensor) -> Tensor:
@@ -921,6 +1112,10 @@ def _blocks(data: bytes) -> tuple[Block, ...]:
         found.append(decode(data))
         data = data[frame_length(data) :]
     return tuple(found)
+
+
+def _numpy(z: Tensor) -> np.ndarray:
+    return z.detach().cpu().to(torch.promote_types(z.dtype, torch.float32)).numpy()
 
 
 def _by_number(name: str) -> list[int]:

@@ -14,8 +14,10 @@ import numpy as np
 
 from bmojo.config import ModelConfig
 from bmojo.errors import StoreError
+from bmojo.memory.decay import Decay
 from bmojo.memory.engines import Block, Engine, open_store
 from bmojo.memory.engines.engine import NoBlocks
+from bmojo.memory.faded import NOTES
 
 WAITING = 1024  # blocks that may wait to be written before who hands over more has to wait
 AT_ONCE = 64  # blocks of one commit
@@ -61,6 +63,17 @@ def stored_settings(path: str | Path) -> dict[str, Any] | None:
     }
 
 
+def half_lives(engine: Engine) -> dict[int, float]:
+    """The metric `memory.half_life` by layer, in blocks, as last noted; none where nothing has been learned."""
+    notes = engine.sources().get(NOTES, {})
+    prefix = "layer-"
+    return {
+        int(name.removeprefix(prefix)): Decay.from_dict(known).half_life
+        for name, known in notes.items()
+        if name.startswith(prefix)
+    }
+
+
 class Store:
     """Blocks are put in the background, and found up to a generation. Safe from several threads.
 
@@ -87,6 +100,8 @@ class Store:
         self._queue: queue.SimpleQueue[Waiting | list[bool]] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._failed: BaseException | None = None
+        self._decay: dict[int, Decay] = {}
+        self._unsaved: set[int] = set()
 
     @classmethod
     def open(
@@ -133,6 +148,7 @@ class Store:
             while not done[0]:
                 time.sleep(PAUSE)
         self._raise()
+        self._keep_learned()
 
     def pin(self) -> int:
         """The newest generation, looked up no more often than things are published."""
@@ -141,13 +157,15 @@ class Store:
                 self._pinned, self._looked = self.engine.pin(), time.monotonic()
             return self._pinned
 
-    def search(self, layer: int, asking: np.ndarray, count: int, generation: int) -> list[list[tuple[float, int]]]:
-        """For each of m strides with tokens asking [m, n, D]: (score, id) of the best `count`, of equal ones the newest
-        first."""
-        if generation < 0:
+    def search(
+        self, layer: int, asking: np.ndarray, count: int, generation: int, after: int = -1
+    ) -> list[list[tuple[float, int]]]:
+        """For each of m strides with tokens asking [m, n, D]: (score, id) of the best `count` with ids in
+        (after, generation], of equal ones the newest first."""
+        if generation <= after:
             return [[] for _ in asking]
         strides, each, _ = asking.shape
-        found = self.engine.search(layer, asking.reshape(strides * each, -1), count, generation=generation)
+        found = self.engine.search(layer, asking.reshape(strides * each, -1), count, generation=generation, after=after)
         score, number = (z.reshape(strides, -1) for z in found)
         results = []
         for s, n in zip(score, number, strict=True):
@@ -176,6 +194,19 @@ class Store:
                 self._read.popitem(last=False)
         return block
 
+    def decay(self, layer: int) -> Decay | None:
+        """What a layer's sessions have learned of how fast what is stored fades; None: nothing yet."""
+        if layer not in self._decay:
+            known = self.engine.sources().get(NOTES, {}).get(f"layer-{layer}")
+            return None if known is None else Decay.from_dict(known)
+        return self._decay[layer]
+
+    def learned(self, layer: int, decay: Decay) -> None:
+        """The weights that a session has come to; the next `flush` keeps them, as a note of the source NOTES."""
+        with self._lock:
+            self._decay[layer] = decay
+            self._unsaved.add(layer)
+
     def count(self, source: str) -> int:
         """Blocks of a source."""
         return self.engine.sources().get(source, {"blocks": 0})["blocks"]
@@ -194,7 +225,8 @@ class Store:
         return count
 
     def stats(self) -> dict[str, Any]:
-        return {**self.engine.stats(), "waiting": self._queue.qsize()}
+        """Those of the engine, how many blocks wait to be written, and by layer the metric `memory.half_life`."""
+        return {**self.engine.stats(), "waiting": self._queue.qsize(), "half_life": half_lives(self.engine)}
 
     def close(self) -> None:
         """Write what waits, and close the engine."""
@@ -204,6 +236,8 @@ class Store:
                 self._queue.put([])
                 self._writer.join()
                 self._writer = None
+        if self._failed is None:
+            self._keep_learned()
         self.engine.close()
         self._raise()
 
@@ -212,6 +246,13 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _keep_learned(self) -> None:
+        with self._lock:
+            notes = {f"layer-{layer}": self._decay[layer].to_dict() for layer in self._unsaved}
+            self._unsaved.clear()
+        if notes:
+            self.engine.note(NOTES, **notes)
 
     def _raise(self) -> None:
         if self._failed is not None:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from bmojo.config import ModelConfig
 from bmojo.memory.eidetic import compact_positions, keep_best, select
+from bmojo.memory.faded import biased_keys, biased_queries
 from bmojo.memory.layout import Layout, make_layout
 from bmojo.memory.read import Slots, Source, read, slot_spans
 from bmojo.memory.spec import fading_entries, layer_spec
@@ -294,9 +295,14 @@ class Mixer(nn.Module):
                     trace.losses.append(config.head_loss_weight * loss)
         seen, stored = slots, None
         if storage is not None and self.index in storage.layers:
-            stored = storage.read(self.index, self._plain(q), k, v, score, held, layout)
-            if stored is not None:
+            found = storage.read(self.index, self._plain(q), k, v, score, held, layout)
+            if found is not None:
+                stored, bias = found
                 stored = replace(stored, k=self._as_compared(stored.k))
+                if bias is not None:
+                    q, stored = biased_queries(q), replace(stored, k=biased_keys(stored.k, bias))
+                    sources = [replace(source, k=biased_keys(source.k)) for source in sources]
+                    slots = None if slots is None else replace(slots, k=biased_keys(slots.k))
                 seen = stored if slots is None else slots.join(stored)
         usage = self.admission is not None and trace is not None and odds.requires_grad
         o, used = read(q, sources, seen, layout, usage=usage)
@@ -411,9 +417,14 @@ class Mixer(nn.Module):
             held = state.get("slot_position")
             found = storage.step(self.index, self._plain(q), new["k"], new["v"], score, held, at)
             if found is not None:
-                keys.append(self._as_compared(found[0]))
-                values.append(found[1])
-                masks.append(found[2])
+                stored_k, stored_v, visible, bias = found
+                stored_k = self._as_compared(stored_k)
+                if bias is not None:
+                    q, stored_k = biased_queries(q), biased_keys(stored_k, bias)
+                    keys = [biased_keys(one) for one in keys]
+                keys.append(stored_k)
+                values.append(stored_v)
+                masks.append(visible)
                 if storage.attention is not None:
                     storage.attended(self.index, q, keys, masks)
         return attend_rows(q, keys, values, masks), new
