@@ -25,7 +25,7 @@ from bmojo.memory.engines.engine import Found, best_blocks
 
 PART = 65536
 MANY = 4 * PART  # keys; a query of that many that are flat takes 2 to 9 ms, of inverted ones 0.1 to 0.4 ms
-PROBES = 32  # lists that a query looks into, of sqrt(keys)
+PROBES = 48  # lists that a query looks into, of sqrt(keys)
 SAMPLES = 64  # keys a list that it is trained with
 OUTGROWN = 4  # times the keys that it was trained for, it is trained again
 TIES = 4096  # keys of equal score among which the newer are preferred
