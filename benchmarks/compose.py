@@ -6,8 +6,8 @@
 
 Text: K passages of a held-out document are read each by itself, and stored; then comes what follows them: a prompt,
 which every way of remembering reads, and a continuation, whose bits per byte are counted. Recall: the half of MQAR that
-holds the pairs, cut into K documents; the half that asks is the continuation; at the size trained on, and twice that.
-The ways of remembering:
+holds the pairs, cut into K documents, with or without a token of filler behind each; the half that asks is the
+continuation. Sections that are not run anew are kept. The ways of remembering:
 
     again       all documents read one after the other: what composition stands for
     given, cyclic, all      `bmojo.compose` in order, over the rotations (PICASO-R), over all orders (PICASO-S)
@@ -15,7 +15,7 @@ The ways of remembering:
     none        no memory
 
 Differences of bits per byte are paired, with 95 % intervals over texts. Time: medians, one thread, of composing K
-documents of L tokens from a store on disk, from memory, and of reading them again, in one run.
+documents of L tokens from a store on disk, from memory, and of reading them again (tracked or not), in one run.
 """
 
 from __future__ import annotations
@@ -62,16 +62,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    results: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "machine": machine(),
-        "seed": 0,
-        "texts": options.texts,
-        "bytes": {"passage": PASSAGE, "prompt": PROMPT, "continuation": CONTINUATION},
-        "text": {},
-        "recall": {},
-        "time": {},
-    }
+    path = options.out / "compose.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"text": {}, "time": {}, "recall": {}}
+    results |= {"machine": machine(), "seed": 0, "texts": options.texts}
+    results["bytes"] = {"passage": PASSAGE, "prompt": PROMPT, "continuation": CONTINUATION}
+    commands = results.setdefault("commands", {})
+    for section in ("text", "time") * bool(options.text) + ("recall",) * bool(options.recall):
+        results[section], commands[section] = {}, shlex.join(["python", *sys.argv])
     for folder in options.text:
         model, name = open_run(folder)
         data = reopen(json.loads((folder / "run.json").read_text())["data"]["text"], folder / "data").eval
@@ -80,14 +77,13 @@ def main() -> None:
         results["time"][name] = times(model, options.documents, options.lengths)
     for folder in options.recall:
         model, name = open_run(folder)
-        record = json.loads((folder / "task.json").read_text())
-        for times_as_much in (1, 2):
-            more = {setting: record[setting] * times_as_much for setting in ("pairs", "length")}
-            task = make_task(**(record | more))
-            rows = [recall_row(model, task, count, options.texts) for count in options.documents]
-            title = f"{name}, {more['pairs']} pairs among {record['filler']}"
+        task = make_task(**json.loads((folder / "task.json").read_text()))
+        assert isinstance(task, MQAR)
+        for separators in (0, 1):
+            rows = [recall_row(model, task, count, separators, options.texts) for count in options.documents]
+            title = f"{name}, {task.pairs} pairs" + ", separator" * separators
             results["recall"][title] = dict(zip(map(str, options.documents), rows, strict=True))
-    write_whole(options.out / "compose.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_whole(path, (json.dumps(results, indent=1) + "\n").encode())
     write_pictures(options.out, [picture(results)])
     print(json.dumps({key: results[key] for key in ("text", "recall", "time")}, indent=1))
 
@@ -162,16 +158,19 @@ def text_row(model: BMojoLM, data: Any, count: int, texts: int) -> dict[str, Any
     return row
 
 
-def recall_row(model: BMojoLM, task: Any, count: int, texts: int) -> dict[str, Any]:
-    assert isinstance(task, MQAR)
+def recall_row(model: BMojoLM, task: MQAR, count: int, separators: int, texts: int) -> dict[str, Any]:
+    """`separators`: tokens of filler behind each document."""
     assert task.spread
     facts = (task.length - task.gap) // 4 * 2
+    behind = torch.full((ROWS, separators), task.first_filler)
 
     def batches() -> Iterator[tuple[list[Tensor], Tensor]]:
         for number in range(texts // ROWS):
             batch = task.batch(EVALUATION + number, ROWS)
             tokens, labels = torch.from_numpy(batch["tokens"]), torch.from_numpy(batch["labels"])
-            yield list(tokens[:, :facts].split(facts // count, 1)), torch.stack((tokens, labels))[..., facts:]
+            documents = tokens[:, :facts].split(facts // count, 1)
+            after = torch.stack((tokens, labels))[..., facts:]
+            yield [torch.cat((document, behind), 1) for document in documents], after
 
     def accuracy(memory: MemoryState, after: Tensor) -> Tensor:
         tokens, labels = after
@@ -194,13 +193,15 @@ def times(model: BMojoLM, documents: list[int], lengths: list[int]) -> list[dict
                 store.put(str(i), read(model, document)[1])
             for count in documents:
                 held = [store.get(str(i)) for i in range(count)]
+                everything = tokens[:count].view(1, -1)
                 runs: dict[str, Callable[[], Any]] = {
-                    "again": lambda count=count, tokens=tokens: read(model, tokens[:count].view(1, -1)),
+                    "again": lambda everything=everything: read(model, everything, model.empty_state()),
+                    "tracked": lambda everything=everything: read(model, everything),
                     "stored": lambda count=count, store=store: compose([store.get(str(i)) for i in range(count)]),
                     **{order: lambda order=order, held=held: compose(held, order) for order in ORDERS},
                 }
                 taken: dict[str, list[float]] = {name: [] for name in runs}
-                for _ in range(3):
+                for _ in range(5):
                     for name, run in runs.items():
                         begin = time.perf_counter()
                         run()
@@ -211,17 +212,16 @@ def times(model: BMojoLM, documents: list[int], lengths: list[int]) -> list[dict
 
 
 def picture(results: dict[str, Any]) -> Any:
-    panels = [("text", name, "bits_per_byte") for name in results["text"]]
+    panels = [("text", name, "gain_over_none") for name in results["text"]]
     panels += [("recall", name, "accuracy") for name in results["recall"]]
-    figure, axes = new_figure(len(panels) + 1)
+    figure, axes = new_figure(len(panels) + 1, columns=3)
     for axis, (kind, name, what) in zip(axes, panels, strict=False):
         rows = results[kind][name]
         for way in WAYS:
             points = [row[way][what] for row in rows.values()]
             axis.plot(list(map(int, rows)), points, color=COLOURS[way], marker="o", markersize=4, label=way)
         token_axis(axis, "documents")
-        axis.set_ylabel(what.replace("_", " "))
-        axis.set_title(f"{name}: {kind}", fontsize=10)
+        axis.set_title(f"{name}: {'bits per byte gained' if kind == 'text' else what}", fontsize=8)
     most = max(row["documents"] for rows in results["time"].values() for row in rows)
     for name, rows in results["time"].items():
         rows = [row for row in rows if row["documents"] == most]
@@ -233,7 +233,7 @@ def picture(results: dict[str, Any]) -> Any:
             )  # fmt: skip
     token_axis(axes[-1], f"tokens a document, of {most}")
     axes[-1].set_yscale("log")
-    axes[-1].set_title("times as fast as reading again (bmojo: solid)", fontsize=10)
+    axes[-1].set_title("times as fast as reading again (bmojo: solid)", fontsize=8)
     return make_picture(figure, axes, "compose", "Memories of documents composed, and the documents read again.")
 
 

@@ -147,7 +147,7 @@ def foreign(name: str) -> set[str]:
     """The settings of memories that would make another model of a preset."""
     settings = set() if name == "bmojo" else {"eidetic_slots"}
     settings |= set() if name in ("bmojo", "bmojo_f") else {"fading_span"}
-    return settings | ({"window"} if name in ("transformer", "mamba", "mamba2", "gdn") else set())
+    return settings | ({"window", "storage_layers"} if name in ("transformer", "mamba", "mamba2", "gdn") else set())
 
 
 def matched(name: str, size: str = "tiny", **changes: Any) -> ModelConfig:

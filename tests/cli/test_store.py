@@ -21,7 +21,7 @@ def store(request, tmp_path):
     folder = tmp_path / "store"
     with open_store(folder, engine=request.param, mode="a", meta={"window": 64}) as engine:
         engine.put([block("Hello wörld", "a.txt"), block("and more", "a.txt", 12), block("a secret", "b.txt")])
-        engine.note("a.txt", hash="00ff")
+        engine.note("a.txt", hash="00ff", tokens=19)
         engine.note(NOTES, **{"layer-1": Decay(DecayPolicy(half_lives=(30,), clusters=0)).to_dict()})
     return folder
 
@@ -30,13 +30,13 @@ def test_stats(bmojo, store):
     code, out, err = bmojo("store", "stats", "--store", store)
     assert (code, err) == (0, "")
     assert "3 blocks; 28 tokens, of 2 sources" in out
-    assert "20  a.txt" in out
+    assert "19  a.txt" in out
     assert "layer 1: half-life 30 blocks" in out
     assert NOTES not in out
     found = json.loads(bmojo("store", "stats", "--store", store, "--json")[1])
     assert found["half_life"] == {"1": pytest.approx(30)}
     assert found["by_source"].keys() == {"a.txt", "b.txt"}
-    assert found["by_source"]["a.txt"] == {"blocks": 2, "tokens": 20, "hash": "00ff"}
+    assert found["by_source"]["a.txt"] == {"blocks": 2, "tokens": 19, "hash": "00ff"}
     assert (found["blocks"], found["deleted"], found["meta"]) == (3, 0, {"window": 64})
 
 

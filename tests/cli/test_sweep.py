@@ -21,6 +21,13 @@ def sweep(*arguments, task="mqar"):
     return ["sweep", task, "--models", "swa,bmojo", "--eval-rows", "4", *kept, *arguments]
 
 
+def test_a_sweep_over_layers_with_storage(bmojo, in_a_folder_of_its_own):
+    code, _, err = bmojo(*sweep("--set", "storage_layers=-1", "--set", "storage_block=16", "--json"))
+    assert code == 0, err
+    results = json.loads((in_a_folder_of_its_own / "runs/sweep/mqar/results.json").read_text())
+    assert "storage_layers" in json.dumps(results)
+
+
 def test_trains_prints_the_table_and_says_where_it_is(bmojo, in_a_folder_of_its_own):
     code, out, err = bmojo(*sweep("--set", "pairs=2,4", "--train-on", "power=0.1,1", "--eval-on", "length=96"))
     assert code == 0, err

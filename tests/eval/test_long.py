@@ -7,7 +7,7 @@ import torch
 from bmojo import presets
 from bmojo.data.synthetic import NO_ANSWER, make_task
 from bmojo.errors import ConfigError
-from bmojo.eval.long import Retrieved, Stored, Streamed, look_up
+from bmojo.eval.long import Neighbours, Retrieved, Stored, Streamed, look_up
 from bmojo.memory.engines.engine import MemoryEngine
 from bmojo.memory.storage import Storage
 from bmojo.memory.store import Store
@@ -60,6 +60,49 @@ def test_a_store_gives_what_reading_with_it_gives(asked):
         torch.testing.assert_close(mine[0], logits[0, 3000:], rtol=1e-4, atol=1e-5)
         differs += bool((mine - model(row[None], without.state)[0]).abs().max() > 1e-3)
     assert differs == len(right)
+
+
+@torch.inference_mode()
+def test_reading_settings_may_change_after_the_text_was_read(asked):
+    store = Store(MemoryEngine(), publish=0.0)
+    settings = {"storage_layers": [-1], "chunk_size": 16, "window": 16, "storage_block": 16}
+    stored = Stored(small(storage_stride=4, **settings), store)
+    stored.read(asked["haystack"])
+    coarse = Stored(small(storage_stride=16, **settings), Store(MemoryEngine(), publish=0.0))
+    coarse.read(asked["haystack"])
+    row = asked["tokens"][:1]
+    changed = stored.with_settings(storage_stride=16)
+    expected = coarse.features(row, coarse.state)
+    rest = 16 - 3000 % 16  # of the stride that the text ended in: it goes on with what was found for it
+    found = changed.features(row, changed.state)
+    torch.testing.assert_close(found[:, rest:], expected[:, rest:], rtol=1e-5, atol=1e-5)
+    assert (stored.features(row, stored.state) - expected)[:, rest:].abs().max() > 1e-3
+
+
+@torch.inference_mode()
+def test_nearest_neighbours_say_what_followed_the_keys_found(asked):
+    model = small(storage_layers=[-1], chunk_size=16, window=16, storage_block=16, storage_blocks=1000)
+    neighbours = Neighbours(model, Store(MemoryEngine(), publish=0.0))
+    neighbours.read(asked["haystack"])
+    neighbours.share = 0.0
+    alone = neighbours.answer(asked["tokens"], asked["labels"])
+    assert (alone == Streamed.answer(_without(neighbours), asked["tokens"], asked["labels"])).all()
+    with torch.no_grad():
+        model.blocks[-1].mixer.k_proj.weight.zero_()  # every token stored weighs the same
+    again = Neighbours(model, Store(MemoryEngine(), publish=0.0))
+    again.read(asked["haystack"])
+    again.share = 1.0
+    stored = asked["haystack"][: 3000 // 16 * 16]
+    digits = asked["labels"] == stored.bincount().argmax()
+    right = again.answer(asked["tokens"], asked["labels"])
+    assert (right.ravel() == digits[asked["labels"] != NO_ANSWER].numpy()).all()
+    assert not right.any()  # the most frequent byte is a space
+
+
+def _without(stored):
+    plain = Streamed(stored.model)
+    plain.state = stored.state
+    return plain
 
 
 @torch.inference_mode()

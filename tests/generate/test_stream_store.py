@@ -70,7 +70,7 @@ def test_left_kept_forked_and_broken_off(store):
     assert list(stream.generate(60)) == found[30:]
     store.flush()
     assert {root(source) for source in store.engine.sources()} == {"book", "mine"}
-    assert len(store.engine.sources()) == 4
+    assert len(store.engine.sources()) == 5  # of the feed that was broken off, too, something was handed over
 
 
 def test_saved_and_gone_on_with(store, tmp_path):
@@ -91,6 +91,17 @@ def test_saved_and_gone_on_with(store, tmp_path):
     Stream(MODEL).feed([1]).save(tmp_path / "plain.safetensors")
     with pytest.raises(StateError, match="the stream has a store, the snapshot has none"):
         Stream.load(tmp_path / "plain.safetensors", MODEL, store=store)
+
+
+def test_a_name_that_the_store_has_is_another_branch_of_it(store):
+    before = store.engine.sources()["book"]
+    again = Stream(MODEL, store=store, name="book").feed(TOKENS)
+    list(again.generate(2))
+    store.flush()
+    assert store.engine.sources()["book"] == before
+    assert {block.source for kept in again.storage.layers.values() for block in kept.found[0]} == set(
+        again.storage.sources
+    )
 
 
 def test_in_a_batch_as_alone(store):
@@ -140,3 +151,9 @@ def test_decay_goes_with_the_stream(store, tmp_path):
     with Store.open(tmp_path / "new", MODEL, mode="r") as new:
         assert min(new.stats()["half_life"].values()) == half_life[0]
         assert new.engine.sources().keys() == {"mine", "bmojo:decay"}
+
+
+def test_a_memory_alone_is_no_stream_with_a_store(store, tmp_path):
+    Stream(MODEL).feed([1]).state.save(tmp_path / "memory")
+    with pytest.raises(ConfigError, match="begins with it"):
+        Stream.load(tmp_path / "memory", MODEL, store=store)

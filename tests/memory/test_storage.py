@@ -11,6 +11,7 @@ from bmojo.errors import ConfigError
 from bmojo.memory.engines.engine import MemoryEngine
 from bmojo.memory.storage import Mark, Storage, root
 from bmojo.memory.store import Store
+from bmojo.nn.mixer import Trace
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 16,
          "window": 16, "chunk_size": 8, "storage_block": 8, "storage_keys": 2, "storage_stride": 4,
@@ -127,7 +128,7 @@ def test_branches_of_a_stream_never_see_each_other():
     twin = storage.fork()
     model(instead, state, storage=twin)
     model(instead, state, storage=storage)
-    storage.restore(Mark.from_tensors(kept.to_tensors()))
+    storage.restore(Mark.from_tensors(kept.to_tensors(), store))
     close(model(then, state, storage=storage)[0], expected, 1e-5, "restored")
     storage.restore(storage.mark())
     assert len(set(store.engine.sources()) | set(storage.sources)) == 4  # nothing came after it: no new branch
@@ -230,3 +231,24 @@ def test_in_training_rows_read_their_own_past_among_blocks_of_others():
         loss.backward()
     for (name, p), q in zip(model.named_parameters(), checkpointed.parameters(), strict=True):
         close(q.grad, p.grad, 1e-12, name)
+
+
+def test_what_is_read_from_storage_teaches_admission():
+    model = small("bmojo", eidetic_slots=1, storage_layers=(1,), storage_blocks=2).train()
+    tokens, losses, noted = draw_tokens(2, 60), [], []
+    admission = model.blocks[1].mixer.admission
+
+    def note(_, __, odds):
+        odds.retain_grad()
+        noted.append(odds)
+
+    hook = admission.register_forward_hook(note)
+    for storage in (storage_of(model, 2, keep=False, distractors=True), storage_of(model, 2, keep=False, find=False)):
+        trace = Trace()
+        model(tokens, trace=trace, storage=storage)
+        losses.append(trace.losses[-1])
+        losses[-1].sum().backward()
+    hook.remove()
+    taught = [int((odds.grad != 0).sum()) for odds in noted]
+    assert taught[0] > 2 * taught[1]
+    assert torch.isfinite(losses[0]).all()

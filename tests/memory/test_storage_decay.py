@@ -56,7 +56,7 @@ def test_any_cutting_of_a_stream_gives_the_same(case, stored):
             logits, state = model(part, state, storage=storage)
             found.append(logits)
             again = session(False)  # a mark brings its own
-            again.back(Mark.from_tensors(storage.mark().to_tensors()))
+            again.back(Mark.from_tensors(storage.mark().to_tensors(), storage.store))
             storage = again
         close(torch.cat(found, 1), expected, tolerance, str(sizes[:3]))
         for layer, kept in storage.layers.items():

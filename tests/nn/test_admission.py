@@ -64,7 +64,7 @@ def test_usage_loss_takes_the_largest_use_of_each_token_that_was_visible():
     visible = torch.tensor([[[True, True], [True, False]]])  # token 1 was never visible, token 3 in no slot
     expected = F.binary_cross_entropy_with_logits(g[0, [0, 2]], torch.tensor([0.1, 0.9]))
     torch.testing.assert_close(usage_loss(g, index, used, visible), expected[None])
-    rows = [torch.cat((z, z)) for z in (g, index, used)]  # a second row, where nothing was visible
+    rows = [torch.cat(z) for z in ((g, g), (index, index + 4), (used, used))]  # a second one, where nothing was visible
     torch.testing.assert_close(
         usage_loss(*rows, torch.cat((visible, visible & False))), torch.stack((expected, 0 * expected))
     )

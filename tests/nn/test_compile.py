@@ -27,6 +27,7 @@ def fresh_compiler():
         *((name, {}) for name in PRESETS),
         ("bmojo", {"admission": "learned"}),
         ("bmojo", {"ssm": "s6", "innovation": "state"}),
+        ("bmojo", {"storage_layers": (0, 1), "storage_block": 4, "storage_stride": 2, "storage_queries": 2}),
     ],
 )
 def test_a_training_step_is_one_graph(preset, changes):

@@ -92,6 +92,30 @@ def any_config(layers: int = 2) -> st.SearchStrategy[ModelConfig]:
     return st.sampled_from(FAMILIES).flatmap(lambda family: configs(family, layers))
 
 
+@st.composite
+def storage_configs(draw: st.DrawFn, layers: int = 2) -> ModelConfig:
+    """A tiny configuration some of whose layers have storage."""
+    config = draw(configs(draw(st.sampled_from(("attention", "bmojo without slots", *INNOVATIONS))), layers))
+    chunk, window = config.chunk_size, config.window
+    assert window is not None
+
+    def of(*values: int) -> Any:
+        return draw(st.sampled_from(values))
+
+    sizes = [n for n in range(1, window + 1) if chunk % n == 0 or n % chunk == 0]
+    block, stride = of(*sizes), of(*(n for n in range(1, chunk + 1) if chunk % n == 0))
+    reading = [i for i, kind in enumerate(config.kinds) if kind in ("attention", "bmojo")]
+    return config.replace(
+        storage_layers=draw(st.sampled_from([reading, reading[-1:]])),
+        storage_block=block,
+        storage_stride=stride,
+        storage_keys=draw(st.integers(1, min(3, block))),
+        storage_queries=draw(st.integers(1, stride)),
+        storage_blocks=of(1, 2, 5),
+        positions=draw(st.sampled_from(["true", "compact"])),
+    )
+
+
 def simplest(family: str, **changes: Any) -> ModelConfig:
     """The simplest configuration of a family: one layer, chunks and window of 4."""
     fields: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 8, "num_heads": 2, "chunk_size": 4, "window": 4,

@@ -1,4 +1,5 @@
-"""One mixer layer, query by query, in float64 numpy: the definition of `bmojo.nn.mixer`, written a second time.
+"""One mixer layer, query by query, in float64 numpy: the definition of `bmojo.nn.mixer`, written a second time; with
+what it reads from storage, that of `bmojo.memory.storage`; and a whole model of such layers.
 
 It takes the weights of a `Mixer` and shares no code with it but the hash behind `innovation="random"`. One row, one
 document, no padding, no state, no RMSNorm before the layer. Shapes: x [T, D].
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from bmojo.nn.mixer import Mixer
+from bmojo.nn.model import BMojoLM
 from bmojo.ops.innovation import position_score
 
 RIDGE = 0.1
@@ -26,6 +28,17 @@ class Reading:
     output: Array  # [T, D]
     scores: Array | None = None  # [T]
     sets: list[list[int]] = field(default_factory=list)  # the eidetic set of every chunk, and of the end
+    blocks: list[Stored] = field(default_factory=list)  # what it hands over, the last one short if T is no multiple
+
+
+@dataclass
+class Stored:
+    """A block of tokens: k, v [n, kv_heads, P], keys not turned; keys [r, kv_heads, P], turned by their place."""
+
+    start: int
+    k: Array
+    v: Array
+    keys: Array
 
 
 def silu(x: Array) -> Array:
@@ -190,7 +203,41 @@ def eidetic_set(config, scores: Array, end: int) -> list[int]:
     return past[: config.eidetic_slots]
 
 
-def literal_mixer(mixer: Mixer, x: Array) -> Reading:
+def stored_block(config, start: int, k: Array, v: Array, scores: Array | None) -> Stored:
+    turned = np.array([[rotary(head, j, config.rope_theta) for head in key] for j, key in enumerate(k)])
+    if scores is None:
+        parts = np.array_split(turned, min(config.storage_keys, len(k)))
+        return Stored(start, k, v, np.array([part.mean(0) for part in parts]))
+    best = sorted(range(len(k)), key=lambda j: (-scores[j], j))[: config.storage_keys]
+    return Stored(start, k, v, turned[best])
+
+
+def best_blocks(
+    config, s: int, base: int, q: Array, own: list[Stored], others: list[Stored]
+) -> list[tuple[bool, Stored]]:
+    """What the stride from s on reads, and whether it is the source's own. q [T, heads, P], not turned; a found block
+    stands from `base` on; others in the order in which they were stored."""
+    group = config.num_heads // config.num_kv_heads
+
+    def score(block: Stored) -> float:
+        return max(
+            sum(rotary(q[t, h], t - base, config.rope_theta) @ key[h // group] for h in range(config.num_heads))
+            / math.sqrt(config.head_dim)
+            for t in range(s - config.storage_queries, s)
+            for key in block.keys
+        )
+
+    if s == 0:
+        return []
+    out_of_window = s + config.storage_stride - config.window
+    past = [b for b in own if b.start + config.storage_block <= s and b.start < out_of_window]
+    candidates = [(score(b), True, b.start, b) for b in past] + [(score(b), False, n, b) for n, b in enumerate(others)]
+    candidates.sort(key=lambda candidate: candidate[:3], reverse=True)
+    return [(mine, block) for _, mine, _, block in candidates[: config.storage_blocks]]
+
+
+def literal_mixer(mixer: Mixer, x: Array, others: list[Stored] | None = None) -> Reading:
+    """`others`: the blocks of other sources in the store; None: nothing is read from it, its own blocks neither."""
     config, kind = mixer.config, mixer.kind
     w = {name: tensor.double().numpy() for name, tensor in mixer.state_dict().items()}
     y = state_error = None
@@ -220,8 +267,31 @@ def literal_mixer(mixer: Mixer, x: Array) -> Reading:
         features = np.stack([x, shifted][: 1 + bool(config.conv_size)], 1)  # [T, 1 or 2, D]
         scores = scores * np.exp(np.einsum("tnd,nd->t", features, w["admission.weight"]) + w["admission.bias"])
     sets = [eidetic_set(config, scores, c * C) for c in range(T // C + 1)] if scores is not None else []
+    stored: list[Stored] = []
+    found: list[tuple[bool, Stored]] = []
+    if mixer.index in config.storage_layers:
+        kv_heads, n = range(kv), config.storage_block
+        bare_q = np.array([[head_of(x[t], "q", h) for h in range(heads)] for t in range(T)])
+        bare_k = np.array([[head_of(shifted[t], "k", h) for h in kv_heads] for t in range(T)])
+        bare_v = np.array([[head_of(x[t], "v", h) for h in kv_heads] for t in range(T)])
+        for start in range(0, T, n):
+            part = slice(start, start + n)
+            own_scores = None if scores is None else scores[part]
+            stored.append(stored_block(config, start, bare_k[part], bare_v[part], own_scores))
     output = np.zeros((T, config.hidden_size))
     for i in range(T):
+        extra = []  # what is read from storage: (key, value), by heads, and the position that turns the key
+        if others is not None:
+            base = i // C * C - W - F - E - config.storage_block
+            if i % config.storage_stride == 0:
+                found = best_blocks(config, i, base, bare_q, stored, others)
+            for mine, block in found:
+                for j in range(len(block.k)):
+                    p = block.start + j
+                    if mine and (p > i - W or (E and p in sets[i // C])):
+                        continue
+                    stands = p if mine and config.positions == "true" else base + j
+                    extra.append((block.k[j], block.v[j], stands))
         # what the query sees: (source of the key, of the value, position that turns the key, prefix of the projections)
         first = 0 if W is None else max(0, i - W + 1)
         seen = [(shifted[j], x[j], j, "") for j in range(first, i + 1)]
@@ -240,9 +310,36 @@ def literal_mixer(mixer: Mixer, x: Array) -> Reading:
             query = {own: rotary(head_of(x[i], f"{own}q", head), i, theta) for own in {own for *_, own in seen}}
             shared = head // (heads // kv)
             keys = [(rotary(head_of(key, f"{own}k", shared), p, theta), query[own]) for key, _, p, own in seen]
-            values = np.array([head_of(value, f"{own}v", shared) for _, value, _, own in seen])
+            values = [head_of(value, f"{own}v", shared) for _, value, _, own in seen]
+            plain = rotary(head_of(x[i], "q", head), i, theta)
+            keys += [(rotary(key[shared], p, theta), plain) for key, _, p in extra]
+            values = np.array(values + [value[shared] for _, value, _ in extra])
             logits = np.array([k @ q for k, q in keys]) / math.sqrt(P)
             weights = np.exp(logits - logits.max())
             out.append(weights @ values / weights.sum())
         output[i] = w["o_proj.weight"] @ np.concatenate(out)
-    return Reading(output, scores, sets)
+    return Reading(output, scores, sets, stored)
+
+
+def literal_model(
+    model: BMojoLM, x: Array, others: dict[int, list[Stored]] | None = None
+) -> tuple[Array, dict[int, list[Stored]]]:
+    """Logits [T, vocab] of a model that reads the embeddings x [T, D], and what each of its storage layers hands over;
+    `others`: of each storage layer, the blocks of other sources. None: nothing is read from storage."""
+    config, handed = model.config, {}
+
+    def normed(norm, x: Array) -> Array:
+        return np.array([rms_norm(row, norm.weight.detach().numpy(), config.norm_eps) for row in x])
+
+    for i, block in enumerate(model.blocks):
+        theirs = others[i] if others is not None and i in config.storage_layers else None
+        reading = literal_mixer(block.mixer, normed(block.mixer_norm, x), theirs)
+        x = x + reading.output
+        if i in config.storage_layers:
+            handed[i] = reading.blocks
+        if block.mlp is not None:
+            w = {name: tensor.numpy() for name, tensor in block.mlp.state_dict().items()}
+            gate, up = np.split(normed(block.mlp_norm, x) @ w["gate_up.weight"].T, 2, axis=1)
+            x = x + (silu(gate) * up) @ w["down.weight"].T
+    head = model.embed if model.head is None else model.head
+    return normed(model.norm, x) @ head.weight.detach().numpy().T, handed

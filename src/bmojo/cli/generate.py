@@ -37,7 +37,8 @@ def generate(
         Path | None, typer.Option(help="Folder of --stream; default: streams in the model's.")
     ] = None,
     store: Annotated[
-        str | None, typer.Option(help="Read this long-term memory, and hand over to it; see `bmojo remember`.")
+        str | None,
+        typer.Option(help="Long-term memory to read, and, with --stream, to hand over to; see `bmojo remember`."),
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Hand nothing over to --store.")] = False,
     stride: Annotated[int | None, typer.Option(help="Tokens between two searches of --store.")] = None,
@@ -68,9 +69,9 @@ def generate(
     settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     with contextlib.ExitStack() as held:
         if store is not None:
-            mode = "r" if read_only else "a"
-            model, opened = open_with(model, store, mode=mode, stride=stride, blocks=blocks)
-            settings |= {"store": held.enter_context(opened), "write": not read_only}
+            write = stream is not None and not read_only
+            model, opened = open_with(model, store, mode="a" if write else "r", stride=stride, blocks=blocks)
+            settings |= {"store": held.enter_context(opened), "write": write}
         if stream is not None:
             state = held.enter_context(_kept(streams_dir or folder / "streams", stream))
             resume_state = state if state.exists() else None

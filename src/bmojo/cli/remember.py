@@ -13,7 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from bmojo.cli.checkpoint import open_model, open_tokenizer
 from bmojo.cli.options import Checkpoint, Errors, StorePath, Threads, TokenizerSpec, use_threads
 from bmojo.cli.stores import open_with
-from bmojo.data.documents import Document, read_documents
+from bmojo.data.documents import Document, read_documents, source_files
 
 
 def remember(
@@ -27,18 +27,21 @@ def remember(
 ) -> None:
     from bmojo.generate.remember import remember as read_into
 
+    for source in files:
+        source_files(source)  # what can't be found is said before anything is made
     use_threads(threads)
     model, folder = open_model(checkpoint)
     codec = open_tokenizer(model, folder, tokenizer)
     model, opened = open_with(model, store, mode="a", engine=engine)
     counts = {"read": 0, "skipped": 0, "tokens": 0}
+    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         SpinnerColumn(),
         TextColumn("{task.completed:,} tokens"),
         TimeElapsedColumn(),
     )
-    with opened, Progress(*columns, console=Console(stderr=True)) as bar:
+    with opened, Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
         for done in read_into(
             model, opened, _documents(files, errors), codec, progress=lambda tokens: bar.advance(task, tokens)

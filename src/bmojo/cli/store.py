@@ -12,17 +12,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bmojo.cli.options import AsJson
+from bmojo.cli.options import AsJson, StorePath
 from bmojo.errors import StoreError
 from bmojo.files import full_disk_told
 
 if TYPE_CHECKING:
     from bmojo.memory.engines import Engine
 
-Store = Annotated[str, typer.Option("--store", help="A store's folder, or its URL (postgresql://..., lancedb://...).")]
 
-
-def stats(store: Store, as_json: AsJson = False) -> None:
+def stats(store: StorePath, as_json: AsJson = False) -> None:
     from bmojo.memory.engines import open_store
     from bmojo.memory.faded import NOTES
     from bmojo.memory.store import half_lives
@@ -46,7 +44,7 @@ def stats(store: Store, as_json: AsJson = False) -> None:
         print(f"layer {layer}: half-life {half_life:,.0f} blocks")
 
 
-def compact(store: Store) -> None:
+def compact(store: StorePath) -> None:
     with _to_change(store) as engine:
         before = engine.stats()
         with Console(stderr=True).status("copying what is left"):
@@ -58,7 +56,7 @@ def compact(store: Store) -> None:
 
 
 def verify(
-    store: Store,
+    store: StorePath,
     repair: Annotated[bool, typer.Option("--repair", help="Go on with what is whole in a damaged log.")] = False,
 ) -> None:
     from bmojo.memory.engines import verify as job
@@ -85,7 +83,7 @@ def verify(
 
 
 def export(
-    store: Store,
+    store: StorePath,
     out: Annotated[
         Path | None, typer.Option(help="The file to write, one JSON object a line; stdout if left out.")
     ] = None,
@@ -125,7 +123,7 @@ def export(
 
 
 def forget(
-    store: Store,
+    store: StorePath,
     source: Annotated[str, typer.Option(help="The source, as `bmojo store stats` names it.")],
     compact: Annotated[
         bool, typer.Option("--compact", help="Erase it from the files, too, which copies the rest.")

@@ -9,10 +9,12 @@ index of passages of the text, of which the best are put in front of the questio
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
 import time
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,10 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bmojo.data.synthetic.lookup import Lookup
+from bmojo.data.synthetic.task import Batch
 from bmojo.errors import ConfigError
 from bmojo.eval.tasks import interval, require_vocabulary, wilson
 from bmojo.eval.text import predictions
 from bmojo.files import optional_module
+from bmojo.memory.layout import Layout
+from bmojo.memory.read import Slots
 from bmojo.memory.state import MemoryState
 from bmojo.memory.storage import Mark, Storage
 from bmojo.memory.store import Store
@@ -100,6 +105,13 @@ class Stored(Streamed):
         time.sleep(self.store.publish)
         self.mark = storage.mark()
 
+    def with_settings(self, **changes: Any) -> Self:
+        """What was read, with another `storage_stride` or `storage_blocks` from the next stride on."""
+        other = copy.copy(self)
+        other.model = self.model.with_settings(**changes)
+        other.state = dataclasses.replace(self.state, config=other.model.config)
+        return other
+
     def features(self, tokens: Tensor, state: MemoryState | None) -> Tensor:
         storage = Storage(self.model.config, len(tokens), store=self.store, write=False)
         storage.back(Mark.cat([self.mark] * len(tokens)))
@@ -120,6 +132,48 @@ class _WriteOnly:
 
     def search(self, layer: int, asking: np.ndarray, count: int, generation: int) -> list[list[tuple[float, int]]]:
         return [[] for _ in asking]
+
+
+class Neighbours(Stored):
+    """kNN-LM over the blocks that a `Stored` has read: what is said is the most likely token under
+
+        share * p_knn + (1 - share) * p_LM,    p_knn(y) = mean over heads of sum_j softmax_j(q . k_j) [token_j = y]
+
+    with p_LM of the model without storage, q the query of its last layer with storage at the token that asks, and j all
+    tokens of the blocks found for it. As keys come from a convolution that starts at the token before, token j itself
+    is what followed. Source: Khandelwal et al. 2020, arXiv 1911.00172.
+    """
+
+    share = 0.5
+
+    def answer(self, tokens: Tensor, labels: Tensor) -> NDArray[np.bool_]:
+        asked = labels != NO_LABEL
+        features, _ = self.model.features(tokens, self.state.repeat(len(tokens)))
+        mixed = (1 - self.share) * self.model.logits(features[asked]).softmax(-1)
+        noting = _Noting(self.model.config, len(tokens), store=self.store, write=False)
+        noting.back(Mark.cat([self.mark] * len(tokens)))
+        self.model.features(tokens, self.state.repeat(len(tokens)), storage=noting)
+        layer, queries, begin = noting.noted
+        g = noting.geometry[layer]
+        queries, begin = queries[:, : tokens.shape[1]][asked], begin[:, : tokens.shape[1]][asked]
+        found = self.store.search(layer, g.asking(queries[:, None], begin).numpy(), g.blocks, self.store.pin())
+        for row, (query, place, blocks) in enumerate(zip(queries, begin, found, strict=True)):
+            read = [block for _, number in blocks if (block := self.store.get(number)) is not None]
+            keys = torch.from_numpy(np.stack([block.k for block in read])).to(query.dtype)
+            keys = g.turn(keys, g.stands(place[None], torch.full_like(place[None], -1))).flatten(0, 1)
+            logits = torch.einsum("kgp,jkp->kgj", query.unflatten(0, (g.kv_heads, -1)), keys) * g.head_dim**-0.5
+            said = torch.from_numpy(np.concatenate([block.tokens for block in read])).long()
+            mixed[row].index_add_(0, said, self.share * logits.softmax(-1).mean((0, 1)))
+        return (mixed.argmax(-1) == labels[asked]).view(len(tokens), -1).numpy()
+
+
+class _Noting(Storage):
+    """Notes the queries of the last layer with storage [B, L, H, P], turned by their positions [B, L]."""
+
+    def read(self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, held: Tensor | None,
+             layout: Layout) -> tuple[Slots, Tensor | None] | None:  # fmt: skip
+        self.noted = layer, layout.restore(q), layout.restore(layout.position)
+        return super().read(layer, q, k, v, score, held, layout)
 
 
 class Retrieved(Method):
@@ -162,25 +216,37 @@ def _words(text: bytes) -> list[str]:
 def look_up(
     method: Method, task: Lookup, *, number: int = 0, questions: int | None = None, batch_size: int = 16
 ) -> dict[str, Any]:
-    """Read haystack `number` of the task, then ask `questions` of its questions (all if None):
+    """Read haystack `number` of the task, then ask `questions` of its questions (all if None): `ask`, and
 
-    digits, digits_ci95   share of the digits that are right, given those before; chance is 0.1
-    exact, exact_ci95     share of the numbers that are right to the last digit: those that greedy decoding would give
-    read_us, answer_us    microseconds a token of reading the text, and of the questions, `batch_size` at a time
-    bytes                 of what is kept of the text
+    read_us    microseconds a token of reading the text
 
-    95 % intervals: `interval` over the digits, Wilson's over the numbers. ConfigError for a vocabulary too small.
+    Raises ConfigError for a vocabulary too small.
     """
     require_vocabulary(method.model, task)
     asked = task.haystack(number)
+    clock = time.perf_counter()
+    method.read(torch.from_numpy(asked["haystack"]).to(method.model.embed.weight.device))
+    seconds = time.perf_counter() - clock
+    return {**ask(method, asked, questions=questions, batch_size=batch_size), "read_us": seconds / task.length * 1e6}
+
+
+@torch.inference_mode()
+def ask(method: Method, asked: Batch, *, questions: int | None = None, batch_size: int = 16) -> dict[str, Any]:
+    """Ask the first `questions` questions about a haystack that was read:
+
+    digits, digits_ci95   share of the digits that are right, given those before; chance is 0.1
+    exact, exact_ci95     share of the numbers that are right to the last digit: those that greedy decoding would give
+    answer_us             microseconds a token of the questions, `batch_size` of them at a time
+    bytes                 of what is kept of the text
+
+    95 % intervals: `interval` over the digits, Wilson's over the numbers.
+    """
     device = method.model.embed.weight.device
     tokens, labels = (torch.from_numpy(asked[name][:questions]).to(device) for name in ("tokens", "labels"))
     clock = time.perf_counter()
-    method.read(torch.from_numpy(asked["haystack"]).to(device))
-    reading = time.perf_counter() - clock
     parts = zip(tokens.split(batch_size), labels.split(batch_size), strict=True)
     right = np.concatenate([method.answer(*part) for part in parts])
-    answering = time.perf_counter() - clock - reading
+    seconds = time.perf_counter() - clock
     exact: NDArray[np.bool_] = np.all(right, axis=1)
     return {
         "digits": float(right.mean()),
@@ -188,7 +254,6 @@ def look_up(
         "exact": float(exact.mean()),
         "exact_ci95": wilson(float(exact.mean()), len(exact)),
         "questions": len(right),
-        "read_us": reading / task.length * 1e6,
-        "answer_us": answering / tokens.numel() * 1e6,
+        "answer_us": seconds / tokens.numel() * 1e6,
         "bytes": method.nbytes(),
     }

@@ -56,5 +56,6 @@ def remember(
         if state is not None:
             storage.finish(state.layers)
         store.flush()
-        store.engine.note(document.name, sha256=digest, tokens=len(ids))
+        store.engine.note(document.name, sha256=digest)
+        known[document.name] = {"sha256": digest}
         yield Remembered(document.name, len(ids))

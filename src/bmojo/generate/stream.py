@@ -84,7 +84,8 @@ class Stream:
     tokenizer: for text; bytes if left out and the model has 256 tokens. state: a memory of this model, batch size 1, to
     go on from. sampling: the settings of `Sampling`.
     store: a long-term memory of this model, that the stream reads and, with `write`, hands over what it has read to,
-    under its `name` (None: one of its own); see `bmojo.memory.storage`. Other streams with this store find it there.
+    under its `name` (None: one of its own; one that the store has: as another branch of that); see
+    `bmojo.memory.storage`. Other streams with this store find it there.
     decay: what is stored counts less as it grows older, as fast as what it foretells no longer comes (docs/decay.md).
 
     Any way of cutting what is fed into pieces (of text: at the bounds of tokens) gives the same stream, bit for bit.
@@ -126,6 +127,7 @@ class Stream:
                 raise ConfigError("a stream with a store begins with it: a state that has read tokens can't be given")
             name = f"stream-{secrets.token_hex(4)}" if name is None else name
             self.storage = Storage(model.config, store=store, sources=[name], write=write, decay=decay)
+            self.storage.restore(self.storage.mark())  # as a branch, if the store has that name
             self._stored = self.storage.mark()
         self._now = Snapshot(Sampling(**sampling), state, length=int(state.position), stored=self._stored)
 
@@ -152,8 +154,9 @@ class Stream:
 
         `Stream(model, state=stream.state)` goes on from it once it is fed a token.
         """
-        now = self.snapshot()
-        return self._read(now, now.unread)[1].state if now.unread else now.state.clone()
+        with self._lock:
+            now = self.snapshot()
+            return self._read(now, now.unread)[1].state if now.unread else now.state.clone()
 
     # in
     def feed(self, source: Source) -> Stream:
@@ -425,8 +428,7 @@ class Stream:
         note = {name: getattr(now, name) for name in self._SAVED} | {"sampling": dataclasses.asdict(now.sampling)}
         note |= {"version": VERSION, "tokenizer": None if self.tokenizer is None else self.tokenizer.sha256}
         extra = {} if now.stored is None else now.stored.to_tensors()
-        note = {"stream": note, FINGERPRINT: self._fingerprint}
-        dataclasses.replace(now.state, note=note, extra=extra).save(path)
+        dataclasses.replace(now.state, note={"stream": note, FINGERPRINT: self._fingerprint}, extra=extra).save(path)
 
     @classmethod
     def load(
@@ -448,16 +450,18 @@ class Stream:
         """
         state = MemoryState.load(path, model.config, device=str(model.embed.weight.device))
         note, theirs = state.note.get("stream"), state.note.get(FINGERPRINT)
-        stored = Mark.from_tensors(state.extra) if state.extra else None
+        stored = Mark.from_tensors(state.extra, store) if state.extra else None
         state = dataclasses.replace(state, note={}, extra={})
-        stream = cls(model, tokenizer, store=store, write=write) if note else cls(model, tokenizer, state=state)
+        if note is None:
+            stream = cls(model, tokenizer, state=state, store=store, write=write, **sampling)
+        else:
+            stream = cls(model, tokenizer, store=store, write=write)
         if theirs not in (None, stream._fingerprint):
             raise StateError(
                 f"{path} was made with other weights: their fingerprint is {theirs}, that of this model "
                 f"{stream._fingerprint}; load the model that made it"
             )
         if note is None:
-            stream.sampling = Sampling(**sampling)
             return stream
         try:
             if note["version"] > VERSION:

@@ -29,7 +29,6 @@ Source: Liu et al. 2025, PICASO, arXiv 2502.17605.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,6 +61,7 @@ def compose(states: Sequence[MemoryState], order: str = "given") -> MemoryState:
     Every row of the batch is composed by itself. The result is tracked: it can be composed again, and in order "given"
     it is the same however documents are grouped. Raises StateError for states of other models, batch sizes or dtypes,
     for states that are not tracked, for layers that keep the whole past, and for what `order` can't do.
+    What the savers noted beside the states is left behind.
     """
     if not states or not states[0].batch_size:
         raise StateError("there is nothing to compose: give at least one state, of at least one row")
@@ -87,11 +87,7 @@ def compose(states: Sequence[MemoryState], order: str = "given") -> MemoryState:
             )
     with torch.autocast(states[0].position.device.type, enabled=False):
         rows = [_compose_row([_row(state, row) for state in states], order) for row in range(states[0].batch_size)]
-    layers = (
-        {name: torch.cat([row.layers[i][name] for row in rows]) for name in rows[0].layers[i]}
-        for i in range(len(config.kinds))
-    )
-    return MemoryState(config, tuple(layers))
+    return MemoryState.cat(rows)
 
 
 def _make(state: MemoryState) -> tuple[int, str, str]:
@@ -186,7 +182,7 @@ def _compose_row(states: list[MemoryState], order: str) -> MemoryState:
         _Documents(config, kind, documents, lengths, starts, order).compose()
         for kind, documents in zip(config.kinds, zip(*(state.layers for state in states), strict=True), strict=True)
     )
-    return dataclasses.replace(states[-1], layers=tuple(layers), note={})
+    return MemoryState(config, tuple(layers))
 
 
 def _digest(state: MemoryState) -> str:

@@ -11,6 +11,7 @@ A block's similarity is here the mean over heads of the logit that it was found 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,12 @@ class Faded:
             self.decay.policy.half_lives,
         )
         return dataclasses.replace(over, decay=self.decay.update(losses.sum(0, keepdims=True))[0])
+
+    def without(self, gone: Sequence[bool]) -> Faded:
+        """The same when some of the blocks found are gone."""
+        kept = [i for i, lost in enumerate(gone[: len(self.age)]) if not lost]
+        age, bias = (tuple(each[i] for i in kept) for each in (self.age, self.bias))
+        return dataclasses.replace(self, age=age, bias=bias)
 
     def to_dict(self) -> dict[str, Any]:
         return {"decay": self.decay.to_dict(), "age": self.age, "bias": self.bias, "origin": self.origin}

@@ -43,12 +43,14 @@ class Source:
 @dataclass(frozen=True)
 class Slots:
     """Keys and values [B, N, E, K, P] that belong to a chunk each, and the first and last query slot [B, N, E] of the
-    chunk that see them; last < first: none does."""
+    chunk that see them; last < first: none does. `token` [B, N, E], where it is known: which slot of all rows' [B * L]
+    each is of."""
 
     k: Tensor
     v: Tensor
     first: Tensor
     last: Tensor
+    token: Tensor | None = None
 
     def join(self, other: Slots) -> Slots:
         """These, then those, of every chunk."""

@@ -29,7 +29,9 @@ the largest of them, over the tokens that ask and its keys.
 
 In training there is no store: rows read the earlier blocks of their own call, and with `distractors` these compete
 with the earlier blocks of all other rows, as in the Focused Transformer (Tworkowski et al. 2023, arXiv 2307.03170).
-Gradients flow through the keys and values read, not through the choice. After Span-Expanded Attention (Nunez et al.
+There a block is found by all of its keys, and what is attended to in it teaches admission, so that later the few keys
+by which it is found are those that are looked for. Gradients flow through the keys and values read, not through the
+choice. After Span-Expanded Attention (Nunez et al.
 2024, arXiv 2412.13328), whose code is not public, InfLLM (arXiv 2402.04617; keys that stand for a block) and
 Memorizing Transformers (arXiv 2203.08913).
 
@@ -44,9 +46,9 @@ import dataclasses
 import itertools
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -207,33 +209,52 @@ class Mark:
         ]
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """As tensors that a file can hold."""
-        facts = {name: getattr(self, name) for name in (*self._ROWS, "generation")}
+        """As tensors that a file can hold. Of the blocks of other sources they hold the ids alone: what is forgotten is
+        to be gone."""
+        facts: dict[str, Any] = {name: getattr(self, name) for name in (*self._ROWS, "generation")}
         if self.faded:
             facts["faded"] = {layer: [row.to_dict() for row in rows] for layer, rows in self.faded.items()}
-        tensors = {"facts": _bytes(json.dumps(facts).encode()), **self.rings}
+        tensors = dict(self.rings)
         for name in ("found", "own"):
             for layer, rows in getattr(self, name).items():
                 for row, blocks in enumerate(rows):
-                    tensors[f"{name}.{layer}.{row}"] = _bytes(b"".join(map(encode, blocks)))
+                    mine = {self.sources[row], *self.ancestors[row]}
+                    ids = [-1 if block.source in mine else block.id for block in blocks]
+                    facts[f"{name}.{layer}.{row}"] = ids
+                    frames = (encode(block) for block in blocks if block.source in mine)
+                    tensors[f"{name}.{layer}.{row}"] = _bytes(b"".join(frames))
+        tensors["facts"] = _bytes(json.dumps(facts).encode())
         return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> Mark:
-        """The inverse. Raises StateError for what is none of its work."""
+    def from_tensors(cls, tensors: dict[str, Tensor], store: Store | None = None) -> Mark:
+        """The inverse, with the `store` that it was made with. Raises StateError for what is none of its work."""
+
+        def others(number: int) -> Block | None:
+            return None if store is None else store.get(number)
+
         try:
             facts = json.loads(tensors["facts"].cpu().numpy().tobytes())
             rows = {name: tuple(facts[name]) for name in cls._ROWS}
-            parts: dict[str, dict[int, list[tuple[Block, ...]]]] = {"found": {}, "own": {}}
+            parts: dict[str, dict[int, list[tuple[Block | None, ...]]]] = {"found": {}, "own": {}}
             for name in sorted(tensors, key=_by_number):
                 kind, *where = name.split(".")
                 if kind in parts:
-                    parts[kind].setdefault(int(where[0]), []).append(_blocks(tensors[name].cpu().numpy().tobytes()))
-            found, own = ({layer: tuple(all_rows) for layer, all_rows in parts[kind].items()} for kind in parts)
+                    mine = iter(_blocks(tensors[name].cpu().numpy().tobytes()))
+                    blocks = tuple(next(mine) if number < 0 else others(number) for number in facts[name])
+                    parts[kind].setdefault(int(where[0]), []).append(blocks)
             rings = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in RINGS}
-            faded = {int(n): tuple(map(Faded.from_dict, each)) for n, each in facts.get("faded", {}).items()}
-            return cls(generation=facts["generation"], rings=rings, found=found, own=own, faded=faded, **rows)
-        except (KeyError, TypeError, ValueError) as error:
+            faded = {int(n): list(map(Faded.from_dict, each)) for n, each in facts.get("faded", {}).items()}
+            for layer, each in faded.items():
+                for row, one in enumerate(each):
+                    each[row] = one.without([block is None for block in parts["found"][layer][row]])
+            found, own = (
+                {n: tuple(tuple(b for b in row if b is not None) for row in rows) for n, rows in parts[kind].items()}
+                for kind in parts
+            )
+            weights = {layer: tuple(each) for layer, each in faded.items()}
+            return cls(generation=facts["generation"], rings=rings, found=found, own=own, faded=weights, **rows)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StateError(f"what was saved of a storage is damaged ({error}); save the stream again") from None
 
 
@@ -289,10 +310,14 @@ class Geometry:
             base = torch.where(start < 0, base, start)
         return base[..., None] + inner
 
+    def turned(self, k: Tensor) -> Tensor:
+        """Keys [..., block, K, P] turned by their places in the block: [..., block, D]."""
+        return self.turn(k, torch.arange(k.shape[-3], device=k.device)).flatten(-2)
+
     def found_by(self, k: Tensor, score: Tensor | None) -> Tensor:
         """What blocks are found by [..., r, D], from keys [..., block, K, P] not turned, and scores [..., block]."""
         count = k.shape[-3]
-        k = self.turn(k, torch.arange(count, device=k.device)).flatten(-2)
+        k = self.turned(k)
         if score is None:
             return torch.stack([part.mean(-2) for part in k.tensor_split(min(self.keys, count), -2)], -2)
         index = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., : self.keys]
@@ -365,9 +390,12 @@ class Storage:
         }
         self.geometry = {layer: Geometry.of(config, layer) for layer in config.storage_layers}
         self.positions = [0] * rows
-        self._handed = [0] * rows  # blocks handed over under the row's name; at `most` before going back
-        self._most = [0] * rows
+        self._handed = [0] * rows  # blocks handed over under the row's name
+        self._trails: list[tuple[int, list[int]]] = [
+            (0, []) for _ in range(rows)
+        ]  # tokens read lately, from a position
         self._ids: dict[tuple[str, int, int], int] = {}  # what the store has called its own blocks
+        self._deleted = {} if store is None else store.deleted  # what is gone of the blocks that the session holds
         self.read_tokens = 0
         self.replay = None if replay is None else list(replay)
         self.generation = -1
@@ -430,8 +458,8 @@ class Storage:
             self.store.flush()
 
     def back(self, mark: Mark) -> None:
-        """Go back to a mark of this session, to read the same tokens again: what they had handed over is not handed
-        over twice. Raises StateError if the mark is of other rows or layers."""
+        """Go back to a mark of this session. What it reads again is not handed over twice; where it reads something
+        else, the row goes on as a branch. Raises StateError if the mark is of other rows or layers."""
         if len(mark.sources) != self.rows or mark.own.keys() != self.layers.keys():
             raise StateError(
                 f"the storage was marked with {len(mark.sources)} rows and layers {sorted(mark.own)}, this one has "
@@ -439,7 +467,6 @@ class Storage:
             )
         self.sources, self.ancestors, self.positions = list(mark.sources), list(mark.ancestors), list(mark.positions)
         self._handed, self.released, self.generation = list(mark.handed), mark.released, mark.generation
-        self._most = [max(counts) for counts in zip(self._most, self._handed, strict=True)]
         self._tokens = mark.rings["tokens"].clone() if "tokens" in mark.rings else None
         for layer, kept in self.layers.items():
             asking, score = (mark.rings.get(f"{name}.{layer}") for name in ("asking", "score"))
@@ -448,15 +475,23 @@ class Storage:
             kept.own = [Own(blocks) for blocks in mark.own[layer]]
             kept.faded = list(mark.faded.get(layer, ()))
             self._ids.update({_key(b): b.id for blocks in mark.own[layer] for b in blocks if b.id >= 0})
+        if self.store is not None and self.write:
+            for block in (b for kept in self.layers.values() for own in kept.own for b in own.blocks):
+                if self._id(block) < 0:  # the mark was made before the writer told
+                    self.store.put(block, self._told)
+        self._drop(self._was_deleted)
 
     def restore(self, mark: Mark) -> None:
         """Go back to a mark, or on from one that was saved, to read whatever comes. Where the store has later blocks of
         a row's source, the row goes on as a branch, under another name: those are not its past."""
         self.back(mark)
-        if self.store is None or not self.write:
+        if self.store is None:
             return
         self.settle()
-        self._most = list(self._handed)
+        get = self.store.get
+        self._drop(lambda block: self._id(block) >= 0 and get(self._id(block)) is None)
+        if not self.write:
+            return
         self._branch([row for row, name in enumerate(self.sources) if self.store.count(name) != self._handed[row]])
 
     def fork(self, *, write: bool = True) -> Storage:
@@ -472,8 +507,46 @@ class Storage:
         """The store's writer, in its own thread: the block has been given this id."""
         self._ids[_key(block)] = number
 
+    def _id(self, block: Block) -> int:
+        """At least the id that the store has given it; -1: it doesn't have it yet."""
+        return self._ids.get(_key(block), -1) if block.id < 0 else block.id
+
     def _with_ids(self, own: Own) -> tuple[Block, ...]:
-        return tuple(with_id(block, self._ids.get(_key(block), -1)) for block in own.blocks)
+        return tuple(with_id(block, self._id(block)) for block in own.blocks)
+
+    def _was_deleted(self, block: Block) -> bool:
+        assert self.store is not None
+        return 0 <= self._id(block) <= self.store.deleted.get(block.source, -1)
+
+    def _drop(self, gone: Callable[[Block], bool]) -> None:
+        """Let go of the blocks, own or found, that are `gone` from the store."""
+        if self.store is None:
+            return
+        self._deleted = self.store.deleted
+        for kept in self.layers.values():
+            for row, faded in enumerate(kept.faded):
+                kept.faded[row] = faded.without([gone(block) for block in kept.found[row]])
+            kept.found = [[block for block in row if not gone(block)] for row in kept.found]
+            kept.own = [Own([block for block in own.blocks if not gone(block)]) for own in kept.own]
+            kept.laid = None
+
+    def _follow(self, row: int, ids: list[int]) -> None:
+        """The row reads `ids` next. It branches if the store was given blocks of what it read here before, and that was
+        something else, or is no more known."""
+        assert self.store is not None
+        position, end = self.positions[row], self.store.end(self.sources[row])
+        first, past = self._trails[row]
+        at = position - first
+        before = past[at : at + len(ids)] if at >= 0 else []
+        count = min(len(ids), end - position)
+        if count > 0 and before[:count] != ids[:count]:
+            self._branch([row])
+            past = past[: max(0, at)]
+        if not 0 <= at <= len(past):
+            first, past, at = position, [], 0
+        past[at : at + len(ids)] = ids
+        done = max(0, min(self.released[row], position) - first)
+        self._trails[row] = first + done, past[done:]
 
     def _branch(self, rows: Iterable[int]) -> None:
         """Hand over under another name from now on."""
@@ -481,7 +554,7 @@ class Storage:
             name = self.sources[row]
             self.ancestors[row] = {**self.ancestors[row], name: self.positions[row]}
             self.sources[row] = f"{root(name)}{BRANCH}{secrets.token_hex(4)}"
-            self._handed[row] = self._most[row] = 0
+            self._handed[row] = 0
 
     # what the model calls
     def begin(self, tokens: Tensor, at: Layout | Step) -> None:
@@ -490,8 +563,21 @@ class Storage:
             raise ConfigError(f"the storage has {self.rows} rows, the tokens {tokens.shape[0]}; they must be as many")
         if not self.keep:
             return
+        if self.positions != at.positions:
+            raise ConfigError(
+                f"the storage has read {self.positions} tokens, the state {at.positions}; they go together: "
+                "begin both anew, or restore both"
+            )
+        if isinstance(at, Layout) and at.packed:
+            raise ConfigError("a stream with storage is one document; leave out document_ids")
+        if self.store is not None and self.store.deleted is not self._deleted:
+            self._drop(self._was_deleted)
         size = self.config.storage_block
         ids = tokens.long() if tokens.ndim == 2 else tokens.new_full(tokens.shape[:2], -1, dtype=torch.int64)
+        if self.store is not None and self.write:
+            mask = at.mask if isinstance(at, Layout) else None
+            for row, mine in enumerate(ids):
+                self._follow(row, (mine if mask is None else mine[mask[row]]).tolist())
         if isinstance(at, Step):
             ring = ids.new_full((self.rows, size), -1) if self._tokens is None else self._tokens
             self._tokens = put(ring, at.position % size, ids[:, 0])
@@ -499,16 +585,9 @@ class Storage:
                 self.attention.tokens += self.rows
             after = [position + 1 for position in at.positions]
         else:
-            if at.packed:
-                raise ConfigError("a stream with storage is one document; leave out document_ids")
             self._placed = at.history(self._tokens, at.place(ids), size)
             self._tokens = at.ring(self._placed, size)
             after = at.next_position.tolist()
-        if self.positions != at.positions:
-            raise ConfigError(
-                f"the storage has read {self.positions} tokens, the state {at.positions}; they go together: "
-                "begin both anew, or restore both"
-            )
         self._move(at)
         new = [position == 0 for position in self.positions]
         for kept in self.layers.values() if any(new) else ():
@@ -537,13 +616,15 @@ class Storage:
         position, _ = layout.sources(g.window)
         k, v = self._rounded(g.turn(k, -position))[:, g.window + place], self._rounded(v)[:, g.window + place]
         scores = None if score is None else layout.history(kept.score, score, g.block)
-        keys = self._rounded(g.found_by(k, None if scores is None else scores[:, g.block + place]))  # [B, U, r, D]
+        of = None if scores is None else scores[:, g.block + place]
+        keys = self._rounded(g.found_by(k, of)) if self.keep else g.turned(k)  # [B, U, r, D]
         parts = k, v, first, row[:, None].expand_as(first), torch.full_like(first, g.block)
         near = Pool(*(z.flatten(0, 1) for z in parts))
 
         if not self.find:
-            kept.score = None if scores is None else layout.ring(scores, g.block)
-            self._made(layer, near, keys, scores, place, done)
+            if self.keep:
+                kept.score = None if scores is None else layout.ring(scores, g.block)
+                self._made(layer, near, keys, scores, place, done)
             return None
 
         slot = torch.arange(0, layout.slots, g.stride, device=device)  # where strides begin
@@ -555,9 +636,10 @@ class Storage:
         asking = asked[:, ring - g.queries :][:, : layout.slots].unflatten(1, (len(slot), g.stride))[:, :, : g.queries]
         asking = g.asking(asking.unflatten(-1, q.shape[2:]), begin).detach()  # [B, G, n, D]
 
-        pairs = "bgnd,curd->bgcunr" if self.distractors else "bgnd,burd->bgunr"
-        value = torch.einsum(pairs, asking, keys.detach()).amax((-1, -2))
-        value = value if self.distractors else value[:, :, None]  # [B, G, B or 1, U]
+        rows = keys.detach()[:, None] if self.distractors else keys.detach()[None]  # one at a time, for their memory
+        value = torch.stack(
+            [torch.einsum("bgnd,burd->bgunr", asking, z.expand(len(row), -1, -1, -1)).amax((-1, -2)) for z in rows], 2
+        )  # [B, G, B or 1, U]
         segment = layout.segment_of_slot
         past = done[:, None] & (end <= slot[:, None])  # [B, G, U]
         seen = past & (segment[:, None, end - 1] == segment[:, slot, None])
@@ -565,6 +647,7 @@ class Storage:
         if self.distractors:  # what other rows have read later may know, by way of layers below, of this row's future
             seen = torch.where((row[:, None] == row)[:, None, :, None], seen, past.transpose(0, 1))
         value = value.masked_fill(~(seen & fresh[..., None, None]), -torch.inf).flatten(2)
+        blocks: list[tuple[int, Block]] = []
         bias = None
         if kept.faded:
             due = [(int(b), int(i)) for b, i in fresh.nonzero()]
@@ -576,9 +659,10 @@ class Storage:
         else:
             entry = torch.arange(value.shape[2], device=device).expand_as(value)
             entry = entry if self.distractors else entry + (row * len(end))[:, None, None]
-            blocks, more, which = self._far(layer, asking, begin, fresh, layout)
-            value = torch.cat((value.flip(2), more), 2)  # of the same value, the newest first
-            entry = torch.cat((entry.flip(2), which + len(near.start)), 2)
+            value, entry = value.flip(2), entry.flip(2)  # of the same value, the newest first
+            if self.keep:
+                blocks, more, which = self._far(layer, asking, begin, fresh, layout)
+                value, entry = torch.cat((value, more), 2), torch.cat((entry, which + len(near.start)), 2)
             value, order = torch.sort(value, dim=2, descending=True, stable=True)
             value, entry = (_first(z, g.blocks, fill) for z, fill in ((value, -torch.inf), (entry.gather(2, order), 0)))
 
@@ -600,9 +684,11 @@ class Storage:
             if not kept.faded:
                 made = self._made(layer, near, keys, scores, place, done)
                 self._remember(kept, made, blocks, entry, value, layout)
+        token = None if self.keep else entry[..., None] // len(end) * layout.slots + place[entry % len(end)]
         shape = (q.shape[0], layout.chunks, -1)
-        stored = Slots(*(z.reshape(*shape, *z.shape[4:]) for z in (k, pool.v[entry], from_slot, last)))
-        return stored, None if bias is None else bias.repeat_interleave(g.block, 2).reshape(shape)
+        k, v, from_slot, last = (z.reshape(*shape, *z.shape[4:]) for z in (k, pool.v[entry], from_slot, last))
+        bias = None if bias is None else bias.repeat_interleave(g.block, 2).reshape(shape)
+        return Slots(k, v, from_slot, last, None if token is None else token.reshape(shape)), bias
 
     def step(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, held: Tensor | None, at: Step
@@ -655,6 +741,8 @@ class Storage:
             for row, position in enumerate(self.positions):
                 if position % size:
                     self._make(layer, row, position - 1, k, v)
+        for source in self.sources if self.store is not None else ():
+            self.store.finish(source)  # type: ignore[union-attr]
 
     # finding
     def _far(
@@ -663,16 +751,13 @@ class Storage:
         """Candidates from outside the call: (row, block), and for every stride the score and number [B, G, n] of those
         that were found for it now, or, where the call began inside a stride, for that one before."""
         g, kept = self.geometry[layer], self.layers[layer]
-        pairs: list[tuple[int, int]] = []
-        results: list[list[tuple[float, Block]]] = []
-        if self.keep:
-            pairs = [(int(b), int(i)) for b, i in fresh.nonzero()]
-            starts = [(row, int(begin[row, i])) for row, i in pairs]
-            results = self._search(layer, starts, asking[fresh]) if pairs else []
-            for row, offset in enumerate(layout.offset.tolist()):
-                if offset % g.stride and kept.found[row]:
-                    pairs.append((row, offset // g.stride))
-                    results.append([(np.inf, block) for block in kept.found[row]])
+        pairs = [(int(b), int(i)) for b, i in fresh.nonzero()]
+        starts = [(row, int(begin[row, i])) for row, i in pairs]
+        results = self._search(layer, starts, asking[fresh]) if pairs else []
+        for row, offset in enumerate(layout.offset.tolist()):
+            if offset % g.stride and kept.found[row]:
+                pairs.append((row, offset // g.stride))
+                results.append([(np.inf, block) for block in kept.found[row]])
         most = max(map(len, results), default=0)
         value = asking.new_full((*begin.shape, most), -torch.inf)
         which = torch.zeros(value.shape, dtype=torch.int64, device=value.device)
@@ -927,9 +1012,7 @@ class Storage:
         own.append(block)
         if self.store is not None and self.write:
             self._handed[row] += 1
-            if self._handed[row] > self._most[row]:
-                self._most[row] = self._handed[row]
-                self.store.put(block, self._told)
+            self.store.put(block, self._told)
         return block
 
     def _made(
@@ -964,9 +1047,7 @@ class Storage:
         block_k = self._rounded(g.turn(k[row, ring], -positions))
         score = None if kept.score is None else kept.score[row, place]
         keys = g.found_by(block_k, score)
-        self._hand_over(
-            layer, row, position + 1 - g.block, self._tokens[row, place], block_k, v[row, ring], keys, score
-        )
+        self._hand_over(layer, row, start, self._tokens[row, place], block_k, v[row, ring], keys, score)
 
     def _remember(
         self, kept: Kept, made: dict[int, Block], far: Sequence[tuple[int, Block]], entry: Tensor, value: Tensor,

@@ -16,15 +16,19 @@ from bmojo.config import ModelConfig
 from bmojo.errors import StoreError
 from bmojo.memory.decay import Decay
 from bmojo.memory.engines import Block, Engine, open_store
+from bmojo.memory.engines.engine import NoBlocks
 from bmojo.memory.faded import NOTES
 
 WAITING = 1024  # blocks that may wait to be written before who hands over more has to wait
 AT_ONCE = 64  # blocks of one commit
 REMEMBERED = 256  # blocks kept as they were read
-
+PAUSE = 0.001  # seconds between two looks at what the writer has done
 
 # settings that change what is read, or how a model is trained, not what is stored
 _READING = {"storage_stride", "storage_queries", "storage_blocks", "head_loss_weight", "admission_loss_weight"}
+
+
+Waiting = tuple[Block, Callable[[Block, int], None], bool]  # to be told its id; whether it was put before
 
 
 class Model(Protocol):
@@ -74,15 +78,26 @@ class Store:
     """Blocks are put in the background, and found up to a generation. Safe from several threads.
 
     `put` returns at once, unless WAITING blocks wait already; `flush` waits until all are in the engine, where the
-    death of the process loses none of them. What goes wrong in the background is raised by the next call of either.
+    death of the process loses none of them. What goes wrong in the background is raised by the next call of either, and
+    by all after it: what was acknowledged until then is there, what waited is not.
+
+    A block that its source was given here before, up to the position `end` tells, is not written again: a stream that
+    went back reads some tokens twice.
+
+    `last`: the newest id given to a block put here; `deleted`: by source, the newest id that was hidden here, in a
+    dictionary that is replaced, not changed.
     """
 
     def __init__(self, engine: Engine, *, fingerprint: str = "", publish: float = 1.0) -> None:
         self.engine, self.fingerprint, self.publish = engine, fingerprint, publish
-        self._lock = threading.Lock()
+        self.last, self.deleted = -1, dict[str, int]()
+        self._lock, self._putting, self._closed = threading.Lock(), threading.Lock(), False
         self._pinned, self._looked = engine.pin(), time.monotonic()
         self._read: OrderedDict[int, Block] = OrderedDict()
-        self._queue: queue.Queue[tuple[Block, Callable[[Block, int], None]] | None] = queue.Queue(WAITING)
+        self._ends: dict[str, dict[int, int]] = {}  # by source and layer
+        # Between the threads there are neither conditions nor events: Ctrl-C in the middle of one, which is written in
+        # Python, would leave it locked for ever.
+        self._queue: queue.SimpleQueue[Waiting | list[bool]] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._failed: BaseException | None = None
         self._decay: dict[int, Decay] = {}
@@ -96,21 +111,42 @@ class Store:
         """The store at `path` (see `open_store`), which must be one of this model; with mode "a" a new one if there is
         none. Raises StoreError, which names what differs, for that of another."""
         meta = meta_of(model)
-        opened = open_store(path, meta=meta, engine=engine, mode=mode, publish=publish, sync=sync)
+        opened = open_store(path, meta=meta, engine=engine, mode=mode, publish=0, sync=sync)
         return cls(opened, fingerprint=meta["weights"], publish=publish)
 
     def put(self, block: Block, done: Callable[[Block, int], None]) -> None:
-        """Write a block; then, in the writer's thread, call done(block, id)."""
-        self._raise()
-        with self._lock:
+        """Write a block, then, in the writer's thread, call done(block, id); if it was written before, with an id that
+        is not lower than the one it was given."""
+        with self._putting:
+            self._raise()
+            if self._closed:
+                raise StoreError("the store is closed: open it again, and restore the stream from its last snapshot")
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write, name="bmojo-store-writer", daemon=True)
                 self._writer.start()
-        self._queue.put((block, done))
+            while self._queue.qsize() >= WAITING:
+                time.sleep(PAUSE)
+            ends = self._ends.setdefault(block.source, {})
+            again = block.start < ends.get(block.layer, 0)
+            self._queue.put((block, done, again))
+            if not again:
+                ends[block.layer] = block.start + len(block.tokens)
+
+    def end(self, source: str) -> int:
+        """The position up to which some layer has put blocks of a source here."""
+        return max(self._ends.get(source, {}).values(), default=0)
+
+    def finish(self, source: str) -> None:
+        """Nothing more will be put of a source."""
+        self._ends.pop(source, None)
 
     def flush(self) -> None:
         """Wait until what was put is in the engine."""
-        self._queue.join()
+        if self._writer is not None and self._writer.is_alive():
+            done = [False]
+            self._queue.put(done)
+            while not done[0]:
+                time.sleep(PAUSE)
         self._raise()
         self._keep_learned()
 
@@ -146,8 +182,13 @@ class Store:
             if number in self._read:
                 self._read.move_to_end(number)
                 return self._read[number]
-        block = self.engine.get([number])[0]
+        try:
+            (block,) = self.engine.get([number])
+        except NoBlocks:
+            return None
         with self._lock:
+            if number <= self.deleted.get(block.source, -1):
+                return None
             self._read[number] = block
             if len(self._read) > REMEMBERED:
                 self._read.popitem(last=False)
@@ -171,10 +212,17 @@ class Store:
         return self.engine.sources().get(source, {"blocks": 0})["blocks"]
 
     def delete(self, source: str) -> int:
-        """Hide all blocks of a source."""
-        with self._lock:
-            self._read = OrderedDict((n, b) for n, b in self._read.items() if b.source != source)
-        return self.engine.delete(source)
+        """Hide all blocks of a source, those too that wait to be written; how many. No call that begins after this one
+        reads them."""
+        with self._putting:
+            self.flush()
+            count = self.engine.delete(source)
+            self.finish(source)
+            newest = max(self.last, self.engine.pin())
+            with self._lock:
+                self.deleted = {**self.deleted, source: newest}
+                self._read = OrderedDict((n, b) for n, b in self._read.items() if b.source != source)
+        return count
 
     def stats(self) -> dict[str, Any]:
         """Those of the engine, how many blocks wait to be written, and by layer the metric `memory.half_life`."""
@@ -182,10 +230,12 @@ class Store:
 
     def close(self) -> None:
         """Write what waits, and close the engine."""
-        if self._writer is not None:
-            self._queue.put(None)
-            self._writer.join()
-            self._writer = None
+        with self._putting:
+            self._closed = True
+            if self._writer is not None:
+                self._queue.put([])
+                self._writer.join()
+                self._writer = None
         if self._failed is None:
             self._keep_learned()
         self.engine.close()
@@ -206,26 +256,30 @@ class Store:
 
     def _raise(self) -> None:
         if self._failed is not None:
-            raise StoreError(f"blocks could not be written to the store: {self._failed}") from self._failed
+            raise StoreError(
+                f"blocks could not be written to the store: {self._failed}; mend that, open the store again, and "
+                "restore the streams from their last snapshots"
+            ) from self._failed
 
     def _write(self) -> None:
+        """What waits, in order: blocks, lists to be told when all before them is written, an empty list at the end."""
         while True:
             items = [self._queue.get()]
-            while len(items) < AT_ONCE and items[-1] is not None:
+            while len(items) < AT_ONCE and isinstance(items[-1], tuple):
                 try:
                     items.append(self._queue.get_nowait())
                 except queue.Empty:
                     break
-            work = [item for item in items if item is not None]
+            work = [item for item in items if isinstance(item, tuple)]
             try:
                 if work and self._failed is None:
-                    ids = self.engine.put([block for block, _ in work])
-                    for (block, done), number in zip(work, ids, strict=True):
-                        done(block, number)
+                    ids = iter(self.engine.put([block for block, _, again in work if not again]))
+                    for block, done, again in work:
+                        self.last = self.last if again else next(ids)
+                        done(block, self.last)
             except BaseException as error:
                 self._failed = error
-            finally:
-                for _ in items:
-                    self._queue.task_done()
-            if items[-1] is None:
-                return
+            if isinstance(items[-1], list):
+                if not items[-1]:
+                    return
+                items[-1][0] = True

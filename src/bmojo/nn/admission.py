@@ -18,8 +18,9 @@ class Admission(nn.Module):
 
     with x the layer's input and c what keys are made from. The choice of slots has no gradient; w and b learn to
     predict, on detached inputs, u_p in [0, 1], the largest weight that any query and head gave to token p while it was
-    in a slot: the loss (`usage_loss`) is the binary cross entropy of sigmoid(g_p) against u_p, over the tokens that
-    some query could see in a slot. It starts at g = 0, innovation alone, and that decides which tokens are tried.
+    in a slot, or was read from storage: the loss (`usage_loss`) is the binary cross entropy of sigmoid(g_p) against
+    u_p, over the tokens that some query could see there. It starts at g = 0, innovation alone, and that decides which
+    tokens are tried.
 
     x, c [..., D] -> g [...], float32 at least. Related: H2O (arXiv 2306.14048) keeps the tokens that were attended to
     most so far; here it is foretold, so that memory costs nothing but the slots.
@@ -50,16 +51,17 @@ def _log_odds(x: Tensor, shifted: Tensor, weight: Tensor, bias: Tensor) -> Tenso
 
 
 @exact
-def usage_loss(g: Tensor, index: Tensor, used: Tensor, visible: Tensor) -> Tensor:
-    """Binary cross entropy of sigmoid(g) against the largest use of each token that was visible in a slot.
+def usage_loss(g: Tensor, token: Tensor, used: Tensor, visible: Tensor) -> Tensor:
+    """Binary cross entropy of sigmoid(g) against the largest use of each token that was visible in a slot, or from
+    storage.
 
     Of each row the mean over its tokens, [batch].
 
-    g [batch, n]; of every slot of every chunk [batch, chunks, slots]: `index` into n, its use in [0, 1], and whether
-    some query could see it. Zero for a row where none could.
+    g [batch, n]; of every slot of every chunk [batch, chunks, slots]: `token`, which of all rows' [batch * n] it holds,
+    its use in [0, 1], and whether some query could see it. Zero for a row of which no token could be seen.
     """
-    index, used, visible = index.flatten(1), used.flatten(1).to(g.dtype), visible.flatten(1).to(g.dtype)
-    target = torch.zeros_like(g).scatter_reduce(1, index, used * visible, "amax")
-    seen = torch.zeros_like(g).scatter_reduce(1, index, visible, "amax")
+    token, used, visible = token.flatten(), used.flatten().to(g.dtype), visible.flatten().to(g.dtype)
+    target = torch.zeros_like(g).flatten().scatter_reduce(0, token, used * visible, "amax").view_as(g)
+    seen = torch.zeros_like(g).flatten().scatter_reduce(0, token, visible, "amax").view_as(g)
     loss = F.binary_cross_entropy_with_logits(g, target, weight=seen, reduction="none").sum(1)
     return loss / seen.sum(1).clamp(min=1)

@@ -293,7 +293,7 @@ class Mixer(nn.Module):
                 trace.kept.append(part["slot_position"])
                 if loss is not None:
                     trace.losses.append(config.head_loss_weight * loss)
-        seen = slots
+        seen, stored = slots, None
         if storage is not None and self.index in storage.layers:
             found = storage.read(self.index, self._plain(q), k, v, score, held, layout)
             if found is not None:
@@ -312,8 +312,12 @@ class Mixer(nn.Module):
             before = 0 if state is None else config.eidetic_slots
             here = nn.functional.pad(layout.valid, (before, 0))  # tokens of other calls have no gradient in this one
             visible = (slots.first <= slots.last) & here.gather(1, index.flatten(1)).view_as(index)
-            used = used[..., : config.eidetic_slots]
-            loss = usage_loss(odds, (index - before).clamp(min=0), used, visible)
+            token = (index - before).clamp(min=0)
+            token = token + layout.slots * torch.arange(len(token), device=token.device)[:, None, None]
+            if stored is not None and stored.token is not None:
+                token = torch.cat((token, stored.token), 2)
+                visible = torch.cat((visible, stored.first <= stored.last), 2)
+            loss = usage_loss(odds, token, used[..., : token.shape[2]], visible)
             trace.losses.append(config.admission_loss_weight * loss)
         return o, new
 

@@ -26,6 +26,10 @@ from bmojo.memory.engines.block import Block, decode, encode, with_id
 LARGEST = float(np.finfo(np.float16).max)  # engines may keep keys, and compare queries, in float16
 
 
+class NoBlocks(StoreError):
+    """Blocks that are not there, or not any more."""
+
+
 class Found(NamedTuple):
     """score float32 [queries, count], descending, -inf where fewer were found; id int64 [queries, count], then -1."""
 
@@ -50,7 +54,7 @@ class Engine(ABC):
     @abstractmethod
     def get(self, ids: Sequence[int]) -> list[Block]:
         """The blocks of these ids, in this order, their checksums tested. Raises StoreError for one that is damaged,
-        or is not there (any more)."""
+        NoBlocks for one that is not there (any more)."""
 
     @abstractmethod
     def search(self, layer: int, queries: np.ndarray, count: int, *, generation: int, after: int = -1) -> Found:
@@ -180,8 +184,8 @@ def no_source(source: str, known: Iterable[str]) -> StoreError:
     return StoreError(f"the store has no source {source!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
 
 
-def no_blocks(missing: Iterable[int]) -> StoreError:
-    return StoreError(f"the store has no blocks {sorted(set(missing))} (any more): deleted, or of another store")
+def no_blocks(missing: Iterable[int]) -> NoBlocks:
+    return NoBlocks(f"the store has no blocks {sorted(set(missing))} (any more): deleted, or of another store")
 
 
 def best_blocks(score: np.ndarray, owner: np.ndarray, count: int) -> np.ndarray:

@@ -1,9 +1,9 @@
 """What finds blocks by their keys: derived from the log, rebuilt from it at any time.
 
 Keys lie in float16, in parts of ascending ids: flat ones of at most `PART` keys, which are searched exactly (faiss, or
-NumPy where it isn't installed). Of more than `MANY` keys all but the last go into an inverted part (faiss IVF), which
-is kept in a file, for to train it takes seconds. That is done when a store is opened, not later: so what a search at a
-pinned generation finds stays the same as long as the store is open.
+NumPy where it isn't installed). Of more than `MANY` keys all but the last few go into an inverted part (faiss IVF),
+which is kept in a file, for to train it takes seconds. That is done when a store is opened, not later: so what a search
+at a pinned generation finds stays the same as long as the store is open.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import os
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from google_crc32c import extend
 
-from bmojo.errors import MissingPackageError
+from bmojo.errors import MissingPackageError, StoreError
 from bmojo.files import optional_module
 from bmojo.memory.engines.engine import Found, best_blocks
 
@@ -221,6 +221,7 @@ class Index:
 
     def __init__(self, dim: int) -> None:
         self.dim, self.last, self._each = dim, -1, 1
+        self.unsaved = False  # there is more in the inverted part than in its file
         self._parts: list[Part] = []
         try:
             self._faiss = optional_module("faiss", "fast search", "memory")
@@ -264,30 +265,52 @@ class Index:
         self._each = int(np.unique(part.owner, return_counts=True)[1].max())
 
     @property
-    def outgrown(self) -> bool:
-        """There are so many keys more than the inverted part was made for that it is better made again."""
-        first = self._parts[0] if self._parts else None
-        return isinstance(first, InvertedPart) and self.keys > OUTGROWN * first.trained
+    def _inverted(self) -> InvertedPart | None:
+        return self._parts[0] if self._parts and isinstance(self._parts[0], InvertedPart) else None
 
-    def invert(self, path: Path | None) -> None:
-        """If there are many keys, put those of all flat parts but the last into an inverted one, and save it."""
-        inverted = self._parts[0] if self._parts and isinstance(self._parts[0], InvertedPart) else None
-        flat = [part for part in self._parts[:-1] if isinstance(part, FlatPart)]
-        if not flat or self._faiss is None or self.keys <= MANY:
-            return
-        if inverted is None:
-            rng, share = np.random.default_rng(0), SAMPLES * self.keys**0.5 / self.keys
-            sample = [part.keys[rng.random(part.rows) < share] for part in flat]
-            inverted = InvertedPart.train(self._faiss, np.concatenate(sample), self.keys)
-        self._parts = [inverted, self._parts[-1]]
-        while flat:  # each is let go before the next is copied
-            part = flat.pop(0)
+    @property
+    def outgrown(self) -> bool:
+        """There are so many keys that they should be in an inverted part, or in one with more lists."""
+        inverted = self._inverted
+        return self._faiss is not None and self.keys > (OUTGROWN * inverted.trained if inverted else MANY)
+
+    def train(self, keys: Iterable[np.ndarray]) -> None:
+        """Begin with an inverted part for all of these [any, dim], with none of them in it yet."""
+        rng, share, count = np.random.default_rng(0), 1.0, 0
+        sample: list[np.ndarray] = []
+        for some in keys:
+            sample.append(some[rng.random(len(some)) < share])
+            count += len(some)
+            if sum(map(len, sample)) > 2 * SAMPLES * count**0.5:
+                sample, share = [part[rng.random(len(part)) < 0.5] for part in sample], share / 2
+        self._parts = [InvertedPart.train(self._faiss, np.concatenate(sample), count)]
+
+    def settle(self, *, last: bool = False) -> None:
+        """Put the keys of all flat parts but the last into the inverted one, if there is one; of the last if told so,
+        and if they are many."""
+        inverted = self._inverted
+        while inverted is not None and (
+            len(self._parts) > 2 or (last and len(self._parts) == 2 and self._parts[1].rows > PART // 4)
+        ):
+            part = self._parts.pop(1)
+            assert isinstance(part, FlatPart)
             inverted.add(part.keys, part.owner[: part.rows], part.source[: part.rows])
-        if path is not None:
-            try:
-                inverted.save(path)
-            except (OSError, RuntimeError) as error:
-                warnings.warn(f"{path} can't be kept ({error}): it is made again at the next opening", stacklevel=2)
+            self.unsaved = True
+
+    def save(self, path: Path) -> None:
+        """The inverted part, which is then as `load` gives it. Warns if it can't be kept. Raises StoreError if another
+        process has changed what was saved."""
+        if (inverted := self._inverted) is None:
+            return
+        try:
+            inverted.save(path)
+            del inverted, self._parts[0]  # lists that grew take more memory than those that are read
+            self._parts.insert(0, InvertedPart.load(self._faiss, path))
+        except (OSError, RuntimeError) as error:
+            warnings.warn(f"{path} can't be kept ({error}): it is made again at the next opening", stacklevel=2)
+        except ValueError as error:
+            raise StoreError(f"{path} was changed while it was made ({error}): search again") from error
+        self.unsaved = False
 
     def drop(self, sources: Collection[int]) -> None:
         """Forget the keys of these sources."""

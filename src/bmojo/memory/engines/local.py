@@ -14,6 +14,7 @@ old one open goes on with it until it next looks at meta.json, which is at its n
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -52,6 +53,9 @@ IDS = 40  # bits of an id in the number of a key's entry, below its layer's
 BATCH = 4096  # blocks that an index takes up at a time
 LEFT = ("log-*", "index-*", ".*.index-*", ".meta.json.*")  # files that a process that died may have left
 COPY = 64 << 20  # bytes that compact writes at a time
+
+
+Keys = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Forgotten(NamedTuple):
@@ -325,10 +329,16 @@ class LocalEngine(Engine):
 
     def scan(self) -> Iterator[Block]:
         self._refresh()
-        log = self._open_log
-        for number, value in log.scan("frames", last=State.read(log).next - 1):
-            block = self._decode(log, number, value)
-            if not self._is_hidden(block):
+        end, after, log = State.read(self._open_log).next - 1, -1, None
+        while True:
+            self._refresh()
+            if log is not self._open_log:  # at first, and when it was compacted
+                log = self._open_log
+                rows = log.scan("frames", after + 1, end)
+            after, value = next(rows, (-1, b""))
+            if after < 0:
+                return
+            if not self._is_hidden(block := self._decode(log, after, value)):
                 yield block
 
     # search
@@ -358,52 +368,59 @@ class LocalEngine(Engine):
             return index.search(queries, count, generation=generation, after=after)
 
     def _index(self, layer: int, state: State) -> Index:
+        """As it is made when it is first asked for."""
         path = self.folder / f"index-{_number(self._manifest.log)}-{layer}.faiss"
-        index = Index(state.dim)
-        index.load(path, state.next - 1)
+        index, last = Index(state.dim), state.next - 1
+        index.load(path, last)
         index.drop(self._gone)
-        self._take_up(index, layer, state.next - 1)
-        if index.outgrown:
+        if not self._take_up(index, layer, last, opening=True):
             index = Index(state.dim)
-            self._take_up(index, layer, state.next - 1)
-        index.invert(path if os.access(self.folder, os.W_OK) else None)
+            index.train(keys for keys, _, _ in self._read_keys(layer, state.dim, 0, last))
+            self._take_up(index, layer, last, opening=True)
+        index.settle(last=True)
+        if index.unsaved and os.access(self.folder, os.W_OK):
+            index.save(path)
         return index
 
-    def _take_up(self, index: Index, layer: int, generation: int) -> None:
-        owner: list[int] = []
-        source: list[int] = []
-        keys: list[np.ndarray] = []
+    def _take_up(self, index: Index, layer: int, last: int, *, opening: bool = False) -> bool:
+        """Keys of blocks up to `last` into an index. False if in opening it is outgrown, and better made anew."""
+        for keys in self._read_keys(layer, index.dim, index.last + 1, last):
+            index.add(*keys)
+            if opening and index.outgrown:
+                return False
+            if opening:
+                index.settle()
+        index.last = max(index.last, last)
+        return True
 
-        def flush() -> None:
-            if keys:
-                each = [len(some) for some in keys]
-                index.add(
-                    np.concatenate(keys), np.repeat(np.array(owner), each), np.repeat(np.array(source, np.int32), each)
-                )
-                del owner[:], source[:], keys[:]
-
+    def _read_keys(
+        self, layer: int, dim: int, first: int, last: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Keys, ids and numbers of sources as `Index.add` takes them, some blocks at a time."""
         log = self._open_log
-        for number, value in log.scan("keys", layer << IDS | index.last + 1, layer << IDS | max(generation, 0)):
-            with named(log, number % 2**IDS):
-                of, some = read_keys(value, index.dim)
-            if of not in self._gone:
-                owner.append(number % 2**IDS)
-                source.append(of)
-                keys.append(some)
-                if len(keys) == BATCH:
-                    flush()
-        flush()
-        index.last = max(index.last, generation)
+        rows = log.scan("keys", layer << IDS | first, layer << IDS | max(last, 0))
+        while some := list(itertools.islice(rows, BATCH)):
+            owner, source, keys = [], [], []
+            for number, value in some:
+                with named(log, number % 2**IDS):
+                    of, part = read_keys(value, dim)
+                if of not in self._gone:
+                    owner.append(number % 2**IDS)
+                    source.append(of)
+                    keys.append(part)
+            if keys:
+                each = [len(part) for part in keys]
+                yield np.concatenate(keys), np.repeat(owner, each), np.repeat(np.array(source, np.int32), each)
 
     # sources
 
     def sources(self) -> dict[str, dict[str, Any]]:
+        return {one.source: {"blocks": one.blocks, "tokens": one.tokens, **one.facts} for one in self._living()}
+
+    def _living(self) -> list[Source]:
         self._refresh()
         with self._lock:
-            records = self._records.values() if self._lock_file else self._read_sources()
-            return {
-                record.source: {"blocks": record.blocks, "tokens": record.tokens, **record.facts} for record in records
-            }
+            return list(self._records.values() if self._lock_file else self._read_sources())
 
     def note(self, source: str, **facts: Any) -> None:
         check_source(source)
@@ -425,14 +442,13 @@ class LocalEngine(Engine):
         return blocks
 
     def stats(self) -> dict[str, Any]:
-        sources = self.sources().values()
-        log = self._open_log
+        sources, log = self._living(), self._open_log
         gone = [Source.read(value) for value in log.get("sources", sorted(self._gone)) if value is not None]
         return {
             "engine": self._manifest.engine,
-            "blocks": sum(entry["blocks"] for entry in sources),
-            "tokens": sum(entry["tokens"] for entry in sources),
-            "deleted": sum(record.blocks for record in gone),
+            "blocks": sum(one.blocks for one in sources),
+            "tokens": sum(one.tokens for one in sources),
+            "deleted": sum(one.blocks for one in gone),
             "sources": len(sources),
             "bytes": sum(path.stat().st_blocks * 512 for path in self.folder.iterdir() if path.is_file()),
             "generation": State.read(log).next - 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 TABLES = ("frames", "keys", "sources", "state")
@@ -50,8 +50,10 @@ class Log(ABC):
     def close(self) -> None: ...
 
     def __del__(self) -> None:
-        with suppress(AttributeError):  # it may never have been opened
+        try:  # noqa: SIM105 - contextlib may be gone
             self.close()
+        except (AttributeError, TypeError):  # it was never opened, or the interpreter is being taken down
+            pass
 
     # for salvage
 
