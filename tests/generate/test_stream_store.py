@@ -129,6 +129,12 @@ def test_refusals(store, tmp_path):
         Stream(MODEL, store=store, state=Stream(MODEL).feed([1]).state)
 
 
+def test_a_memory_alone_is_no_stream_with_a_store(store, tmp_path):
+    Stream(MODEL).feed([1]).state.save(tmp_path / "memory")
+    with pytest.raises(ConfigError, match="begins with it"):
+        Stream.load(tmp_path / "memory", MODEL, store=store)
+
+
 def test_decay_goes_with_the_stream(store, tmp_path):
     def begin(**options):
         return Stream(MODEL, store=store, write=False, decay=True, **CHOICE, **options).feed(TOKENS[:333])
@@ -151,9 +157,3 @@ def test_decay_goes_with_the_stream(store, tmp_path):
     with Store.open(tmp_path / "new", MODEL, mode="r") as new:
         assert min(new.stats()["half_life"].values()) == half_life[0]
         assert new.engine.sources().keys() == {"mine", "bmojo:decay"}
-
-
-def test_a_memory_alone_is_no_stream_with_a_store(store, tmp_path):
-    Stream(MODEL).feed([1]).state.save(tmp_path / "memory")
-    with pytest.raises(ConfigError, match="begins with it"):
-        Stream.load(tmp_path / "memory", MODEL, store=store)

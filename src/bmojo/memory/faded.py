@@ -11,6 +11,7 @@ A block's similarity is here the mean over heads of the logit that it was found 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,10 +86,9 @@ class Faded:
         )
         return dataclasses.replace(over, decay=self.decay.update(losses.sum(0, keepdims=True))[0])
 
-    def without(self, gone: Sequence[bool]) -> Faded:
-        """The same when some of the blocks found are gone."""
-        kept = [i for i, lost in enumerate(gone[: len(self.age)]) if not lost]
-        age, bias = (tuple(each[i] for i in kept) for each in (self.age, self.bias))
+    def only(self, there: Sequence[bool]) -> Faded:
+        """When of the blocks found only some are still there."""
+        age, bias = (tuple(itertools.compress(z, there)) for z in (self.age, self.bias))
         return dataclasses.replace(self, age=age, bias=bias)
 
     def to_dict(self) -> dict[str, Any]:

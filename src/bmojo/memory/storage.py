@@ -213,7 +213,7 @@ class Mark:
         to be gone."""
         facts: dict[str, Any] = {name: getattr(self, name) for name in (*self._ROWS, "generation")}
         if self.faded:
-            facts["faded"] = {layer: [row.to_dict() for row in rows] for layer, rows in self.faded.items()}
+            facts["decay"] = {layer: [row.to_dict() for row in rows] for layer, rows in self.faded.items()}
         tensors = dict(self.rings)
         for name in ("found", "own"):
             for layer, rows in getattr(self, name).items():
@@ -236,24 +236,22 @@ class Mark:
         try:
             facts = json.loads(tensors["facts"].cpu().numpy().tobytes())
             rows = {name: tuple(facts[name]) for name in cls._ROWS}
-            parts: dict[str, dict[int, list[tuple[Block | None, ...]]]] = {"found": {}, "own": {}}
+            parts: dict[str, dict[int, list[tuple[Block, ...]]]] = {"found": {}, "own": {}}
+            there: dict[str, list[bool]] = {}
             for name in sorted(tensors, key=_by_number):
                 kind, *where = name.split(".")
                 if kind in parts:
                     mine = iter(_blocks(tensors[name].cpu().numpy().tobytes()))
-                    blocks = tuple(next(mine) if number < 0 else others(number) for number in facts[name])
-                    parts[kind].setdefault(int(where[0]), []).append(blocks)
+                    blocks = [next(mine) if number < 0 else others(number) for number in facts[name]]
+                    there[name] = [block is not None for block in blocks]
+                    parts[kind].setdefault(int(where[0]), []).append(tuple(b for b in blocks if b is not None))
+            found, own = ({layer: tuple(all_rows) for layer, all_rows in parts[kind].items()} for kind in parts)
             rings = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in RINGS}
-            faded = {int(n): list(map(Faded.from_dict, each)) for n, each in facts.get("faded", {}).items()}
-            for layer, each in faded.items():
-                for row, one in enumerate(each):
-                    each[row] = one.without([block is None for block in parts["found"][layer][row]])
-            found, own = (
-                {n: tuple(tuple(b for b in row if b is not None) for row in rows) for n, rows in parts[kind].items()}
-                for kind in parts
-            )
-            weights = {layer: tuple(each) for layer, each in faded.items()}
-            return cls(generation=facts["generation"], rings=rings, found=found, own=own, faded=weights, **rows)
+            faded = {
+                int(layer): tuple(Faded.from_dict(d).only(there[f"found.{layer}.{row}"]) for row, d in enumerate(each))
+                for layer, each in facts.get("decay", {}).items()
+            }
+            return cls(generation=facts["generation"], rings=rings, found=found, own=own, faded=faded, **rows)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise StateError(f"what was saved of a storage is damaged ({error}); save the stream again") from None
 
@@ -524,9 +522,9 @@ class Storage:
             return
         self._deleted = self.store.deleted
         for kept in self.layers.values():
-            for row, faded in enumerate(kept.faded):
-                kept.faded[row] = faded.without([gone(block) for block in kept.found[row]])
-            kept.found = [[block for block in row if not gone(block)] for row in kept.found]
+            there = [[not gone(block) for block in row] for row in kept.found]
+            kept.found = [list(itertools.compress(*pair)) for pair in zip(kept.found, there, strict=True)]
+            kept.faded = [faded.only(mine) for faded, mine in zip(kept.faded, there, strict=False)]
             kept.own = [Own([block for block in own.blocks if not gone(block)]) for own in kept.own]
             kept.laid = None
 
@@ -647,8 +645,7 @@ class Storage:
         if self.distractors:  # what other rows have read later may know, by way of layers below, of this row's future
             seen = torch.where((row[:, None] == row)[:, None, :, None], seen, past.transpose(0, 1))
         value = value.masked_fill(~(seen & fresh[..., None, None]), -torch.inf).flatten(2)
-        blocks: list[tuple[int, Block]] = []
-        bias = None
+        bias, blocks = None, list[tuple[int, Block]]()
         if kept.faded:
             due = [(int(b), int(i)) for b, i in fresh.nonzero()]
             aged = self._aged(layer, [(b, int(begin[b, i])) for b, i in due], asking[fresh])
@@ -687,8 +684,8 @@ class Storage:
         token = None if self.keep else entry[..., None] // len(end) * layout.slots + place[entry % len(end)]
         shape = (q.shape[0], layout.chunks, -1)
         k, v, from_slot, last = (z.reshape(*shape, *z.shape[4:]) for z in (k, pool.v[entry], from_slot, last))
-        bias = None if bias is None else bias.repeat_interleave(g.block, 2).reshape(shape)
-        return Slots(k, v, from_slot, last, None if token is None else token.reshape(shape)), bias
+        stored = Slots(k, v, from_slot, last, None if token is None else token.reshape(shape))
+        return stored, None if bias is None else bias.repeat_interleave(g.block, 2).reshape(shape)
 
     def step(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, score: Tensor | None, held: Tensor | None, at: Step
