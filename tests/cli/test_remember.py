@@ -82,6 +82,22 @@ def test_generate_finds_cites_and_hands_over(bmojo, reader, texts, tmp_path):
         assert bmojo("generate", reader, "--store", store, *way, *options)[0] == 0
 
 
+def test_decay_is_learned_and_kept(bmojo, refused, reader, texts, tmp_path):
+    store = tmp_path / "mem"
+    bmojo("remember", reader, texts, "--store", store)
+    options = "--store", store, "--prompt", "Text 3: so it goes " * 8, "--max-new-tokens", 40, "--temperature", 0
+    keep = "--streams-dir", tmp_path, "--stream"
+    for _ in range(2):
+        code, _, err = bmojo("generate", reader, *options, *keep, "diary", "--decay")
+        assert code == 0, err
+    assert "half-life" in bmojo("store", "stats", "--store", store)[1]
+    bmojo("generate", reader, *options, *keep, "plain")
+    assert "begun without --decay" in refused("generate", reader, *options, *keep, "plain", "--decay")
+    assert "give --store" in refused("generate", reader, "--decay", "--prompt", "x")
+    bmojo("store", "forget", "--store", store, "--source", "bmojo:decay")
+    assert "half-life" not in bmojo("store", "stats", "--store", store)[1]
+
+
 def test_forgotten_text_is_not_found(bmojo, reader, texts, tmp_path):
     store = tmp_path / "mem"
     bmojo("remember", reader, texts, "--store", store)

@@ -165,3 +165,24 @@ def test_what_decay_needs_is_said():
         storage_of(small("bmojo"), keep=False, decay=True)
     with pytest.raises(ConfigError, match="storage_stride"):
         storage_of(small("bmojo", storage_block=4, storage_stride=8), decay=True)
+
+
+@torch.no_grad()
+def test_what_is_deleted_in_the_middle_of_a_stride_is_gone_with_its_bias():
+    model, tokens = small("bmojo"), draw_tokens(1, 90)
+    store = Store(MemoryEngine(), publish=0)
+    model(draw_tokens(1, 60, seed=1), storage=storage_of(model, store=store, sources=["other"]))
+    store.flush()
+    assert store.pin() > 0
+    store.publish = 1e9  # the candidates of a band of age depend on the generation
+    storage = storage_of(model, store=store, sources=["a"], decay=Decay(FAST))
+    state = model(tokens[:, :50], storage=storage)[1]
+    saved = storage.mark().to_tensors()
+    assert any(block.source == "other" for kept in storage.layers.values() for block in kept.found[0])
+    store.delete("other")
+    expected = model(tokens[:, 50:], state, storage=storage)[0]
+    again = storage_of(model, store=store, sources=["b"], write=False)
+    again.restore(Mark.from_tensors(saved, store))
+    for kept in again.layers.values():
+        assert len(kept.found[0]) == len(kept.faded[0].bias) == len(kept.faded[0].age)
+    close(model(tokens[:, 50:], state, storage=again)[0], expected, 1e-5)
