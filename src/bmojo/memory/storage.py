@@ -793,6 +793,8 @@ class Storage:
             results = []
             for (row, _), own_ones, found in zip(strides, mine, theirs, strict=True):
                 ranked = sorted([*own_ones, *((s, 0, n, None) for s, n in found)], key=lambda c: c[:3], reverse=True)
+                if self.store is not None:
+                    self.store.fetch(number for _, number in found[: g.blocks])
                 results.append(self._best(ranked, row, g.blocks))
             if all(
                 len(found) < want or (len(best) == g.blocks and best[-1][0] >= found[-1][0])

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -182,17 +182,24 @@ class Store:
             if number in self._read:
                 self._read.move_to_end(number)
                 return self._read[number]
-        try:
-            (block,) = self.engine.get([number])
-        except NoBlocks:
-            return None
+        return self.fetch([number]).get(number)
+
+    def fetch(self, numbers: Iterable[int]) -> dict[int, Block]:
+        """Read blocks at once, for `get` to have them; those that were not deleted since they were found."""
         with self._lock:
-            if number <= self.deleted.get(block.source, -1):
-                return None
-            self._read[number] = block
-            if len(self._read) > REMEMBERED:
+            missing = [number for number in dict.fromkeys(numbers) if number not in self._read]
+        try:
+            blocks = self.engine.get(missing) if missing else []
+        except NoBlocks:
+            if len(missing) == 1:
+                return {}
+            return {n: b for number in missing for n, b in self.fetch([number]).items()}
+        with self._lock:
+            blocks = [block for block in blocks if block.id > self.deleted.get(block.source, -1)]
+            self._read.update((block.id, block) for block in blocks)
+            while len(self._read) > REMEMBERED:
                 self._read.popitem(last=False)
-        return block
+        return {block.id: block for block in blocks}
 
     def decay(self, layer: int) -> Decay | None:
         """What a layer's sessions have learned of how fast what is stored fades; None: nothing yet."""
