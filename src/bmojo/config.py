@@ -100,7 +100,7 @@ class ModelConfig:
     storage_block: int = 64  # tokens of a block
     storage_keys: int = 4  # tokens of it that it is found by: those of highest score
     storage_stride: int = 16  # tokens that share what was found
-    storage_queries: int = 4  # the last tokens before them, which ask
+    storage_queries: int = 4  # that ask: the first of them and the last tokens before
     storage_blocks: int = 4  # blocks found
 
     def __post_init__(self) -> None:

@@ -3,8 +3,8 @@ found for it, in the same softmax as its other memories.
 
     position   0 ........................................ s ............ i
     blocks     [0, 64) [64, 128) ...                      |
-    stride                                         [s-n,s)[s ... s+stride)
-                                                   ask     read what was found for this stride
+    stride                                        (s-n, s] ask
+                                                          [s ... s+stride) read what was found for this stride
 
 A *block* is `storage_block` consecutive tokens of a source (a stream, a document), from a multiple of that on; it is
 handed over when its last token is read. A *stride* is `storage_stride` queries that share what was found: for those
@@ -22,8 +22,8 @@ covers window, fading span and eidetic slots. What a block weighs then depends n
 nor on its rank. With "true" positions a source's own blocks stand where they were, others as with "compact".
 
 What a block is found by are `storage_keys` of its keys, of the tokens of highest innovation score (that of admission to
-the eidetic slots; without such a test the means of equal parts), each turned by its place j. The `storage_queries` last
-tokens before the stride ask, turned by their distance to where a found block stands. So the inner product of the two,
+the eidetic slots; without such a test the means of equal parts), each turned by its place j. The first
+token of the stride and the `storage_queries` - 1 before it ask, turned by their distance to where a found block stands. So the inner product of the two,
 over sqrt(head_dim), is the sum over heads of the logits with which token j would be attended to, and a block's score is
 the largest of them, over the tokens that ask and its keys.
 
@@ -631,7 +631,8 @@ class Storage:
         fresh = some & (begin > 0) & (slot >= layout.offset[:, None])  # the others go on with what was found before
         ring = self._ring(g)
         asked = layout.history(kept.asking, q.flatten(2), ring)
-        asking = asked[:, ring - g.queries :][:, : layout.slots].unflatten(1, (len(slot), g.stride))[:, :, : g.queries]
+        oldest = ring - g.queries + 1
+        asking = asked[:, oldest : oldest + layout.slots].unflatten(1, (len(slot), g.stride))[:, :, : g.queries]
         asking = g.asking(asking.unflatten(-1, q.shape[2:]), begin).detach()  # [B, G, n, D]
 
         rows = keys.detach()[:, None] if self.distractors else keys.detach()[None]  # one at a time, for their memory
@@ -699,12 +700,12 @@ class Storage:
             kept.asking = q.new_zeros(self.rows, self._ring(g), q[0].numel())
         if kept.score is None and score is not None:
             kept.score = score.new_zeros(self.rows, g.block)
+        kept.asking = put(kept.asking, at.position % kept.asking.shape[1], q.flatten(1))
         due = [row for row, p in enumerate(position) if p % g.stride == 0 and self.find]
         if due:
             self._find_due(layer, due, position, q)
         if kept.laid is None:
             kept.laid = self._lay(layer, at, held, q)
-        kept.asking = put(kept.asking, at.position % kept.asking.shape[1], q.flatten(1))
         if score is not None:
             kept.score = put(kept.score, at.position % g.block, score)
         for row, p in enumerate(position):
@@ -943,7 +944,9 @@ class Storage:
             return
         assert kept.asking is not None
         begin = torch.tensor([position[row] for row in asked], device=q.device)
-        asking = kept.asking[asked, -g.queries :].unflatten(-1, q.shape[1:])
+        size, last = kept.asking.shape[1], torch.arange(g.queries, device=q.device)
+        rows = torch.tensor(asked, device=q.device)[:, None]
+        asking = kept.asking[rows, (begin[:, None] - last) % size].unflatten(-1, q.shape[1:])
         strides = [(row, position[row]) for row in asked]
         if kept.faded:
             for (row, at), some in zip(strides, self._aged(layer, strides, g.asking(asking, begin)), strict=True):
