@@ -38,8 +38,7 @@ PREFILL, TOKENS, ROUNDS, STRIDES = 2048, 192, 9, (4, 16, 64)
 
 def new_model(stride: int = 16) -> BMojoLM:
     torch.manual_seed(0)
-    queries = min(4, stride)
-    return BMojoLM(presets.bmojo("tiny", storage_layers=(-1,), storage_stride=stride, storage_queries=queries)).eval()
+    return BMojoLM(presets.bmojo("tiny", storage_layers=(-1,), storage_stride=stride)).eval()
 
 
 def text(tokens: int) -> list[Document]:

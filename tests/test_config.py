@@ -146,7 +146,7 @@ def test_layers_with_storage():
         ({"pattern": ("ssm",)}, "layer 0 is 'ssm'"),
         ({"pattern": ("full",)}, "layer 0 is 'full' without window"),
         ({"storage_stride": 48}, "storage_stride must divide chunk_size"),
-        ({"storage_stride": 2}, "storage_queries must be at most storage_stride"),
+        ({"storage_queries": 65}, "storage_queries must be at most chunk_size"),
         ({"storage_block": 96, "window": 128}, "storage_block must divide chunk_size"),
         ({"storage_block": 128}, "storage_block must be at most the window"),
         ({"storage_keys": 65}, "storage_keys must be at most storage_block"),

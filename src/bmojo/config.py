@@ -219,8 +219,8 @@ class ModelConfig:
         object.__setattr__(self, "storage_layers", tuple(sorted(set(layers))))
         if chunk % stride:
             raise ConfigError(f"storage_stride must divide chunk_size ({chunk}), got {stride}")
-        if self.storage_queries > stride:
-            raise ConfigError(f"storage_queries must be at most storage_stride ({stride}), got {self.storage_queries}")
+        if self.storage_queries > chunk:
+            raise ConfigError(f"storage_queries must be at most chunk_size ({chunk}), got {self.storage_queries}")
         if chunk % block and block % chunk:
             raise ConfigError(f"storage_block must divide chunk_size ({chunk}) or be a multiple of it, got {block}")
         if self.storage_keys > block:

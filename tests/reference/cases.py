@@ -110,7 +110,7 @@ def storage_configs(draw: st.DrawFn, layers: int = 2) -> ModelConfig:
         storage_block=block,
         storage_stride=stride,
         storage_keys=draw(st.integers(1, min(3, block))),
-        storage_queries=draw(st.integers(1, stride)),
+        storage_queries=draw(st.integers(1, chunk)),
         storage_blocks=of(1, 2, 5),
         positions=draw(st.sampled_from(["true", "compact"])),
     )

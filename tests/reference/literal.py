@@ -223,7 +223,7 @@ def best_blocks(
         return max(
             sum(rotary(q[t, h], t - base, config.rope_theta) @ key[h // group] for h in range(config.num_heads))
             / math.sqrt(config.head_dim)
-            for t in range(s - config.storage_queries + 1, s + 1)
+            for t in range(max(0, s - config.storage_queries + 1), s + 1)
             for key in block.keys
         )
 

@@ -35,8 +35,6 @@ def open_with(
             stacklevel=2,
         )
     changes |= {name: n for name, n in (("storage_stride", stride), ("storage_blocks", blocks)) if n is not None}
-    if "storage_stride" in changes:
-        changes["storage_queries"] = min(model.config.storage_queries, changes["storage_stride"])
     if any(getattr(model.config, name) != value for name, value in changes.items()):
         model = model.with_settings(**changes)
     return model, Store.open(path, model, mode=mode, engine=engine)

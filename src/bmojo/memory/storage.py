@@ -22,10 +22,10 @@ covers window, fading span and eidetic slots. What a block weighs then depends n
 nor on its rank. With "true" positions a source's own blocks stand where they were, others as with "compact".
 
 What a block is found by are `storage_keys` of its keys, of the tokens of highest innovation score (that of admission to
-the eidetic slots; without such a test the means of equal parts), each turned by its place j. The first
-token of the stride and the `storage_queries` - 1 before it ask, turned by their distance to where a found block stands. So the inner product of the two,
-over sqrt(head_dim), is the sum over heads of the logits with which token j would be attended to, and a block's score is
-the largest of them, over the tokens that ask and its keys.
+the eidetic slots; without such a test the means of equal parts), each turned by its place j. The first token of the
+stride and the `storage_queries` - 1 before it ask, turned by their distance to where a found block stands. So the inner
+product of the two, over sqrt(head_dim), is the sum over heads of the logits with which token j would be attended to,
+and a block's score is the largest of them, over the tokens that ask and its keys.
 
 In training there is no store: rows read the earlier blocks of their own call, and with `distractors` these compete
 with the earlier blocks of all other rows, as in the Focused Transformer (Tworkowski et al. 2023, arXiv 2307.03170).
@@ -631,8 +631,9 @@ class Storage:
         fresh = some & (begin > 0) & (slot >= layout.offset[:, None])  # the others go on with what was found before
         ring = self._ring(g)
         asked = layout.history(kept.asking, q.flatten(2), ring)
-        oldest = ring - g.queries + 1
-        asking = asked[:, oldest : oldest + layout.slots].unflatten(1, (len(slot), g.stride))[:, :, : g.queries]
+        asking = asked[:, ring - g.queries + 1 :].unfold(1, g.queries, g.stride).transpose(2, 3)
+        before = begin[..., None] - torch.arange(g.queries - 1, -1, -1, device=device)
+        asking = torch.where((before >= 0)[..., None], asking, asking[:, :, -1:])  # at the start there are fewer
         asking = g.asking(asking.unflatten(-1, q.shape[2:]), begin).detach()  # [B, G, n, D]
 
         rows = keys.detach()[:, None] if self.distractors else keys.detach()[None]  # one at a time, for their memory
@@ -714,8 +715,9 @@ class Storage:
             if kept.faded and (p + 1) % g.stride == 0:
                 assert self._tokens is not None
                 begin = p + 1 - g.stride
-                tokens = self._tokens[row, torch.arange(begin, p + 1, device=q.device) % g.block]
-                self._learn(layer, row, begin, kept.asking[row].view(-1, *q.shape[1:]), tokens)
+                places = torch.arange(begin, p + 1, device=q.device)
+                tokens, asked = self._tokens[row, places % g.block], kept.asking[row, places % kept.asking.shape[1]]
+                self._learn(layer, row, begin, asked.view(-1, *q.shape[1:]), tokens)
         laid = kept.laid
         if not laid.k.shape[1]:
             return None
@@ -807,7 +809,7 @@ class Storage:
     # with decay
     def _ring(self, g: Geometry) -> int:
         """How many of the last queries are kept."""
-        return g.stride if self.decays else g.queries
+        return max(g.stride, g.queries) if self.decays else g.queries
 
     def _aged(self, layer: int, strides: Sequence[tuple[int, int]], asking: Tensor) -> list[list[Aged]]:
         """For each (row, begin), with tokens asking [m, n, D]: (similarity, age, band, block) of the most similar of
@@ -944,9 +946,10 @@ class Storage:
             return
         assert kept.asking is not None
         begin = torch.tensor([position[row] for row in asked], device=q.device)
-        size, last = kept.asking.shape[1], torch.arange(g.queries, device=q.device)
+        before = begin[:, None] - torch.arange(g.queries, device=q.device)
+        before = torch.where(before >= 0, before, begin[:, None])
         rows = torch.tensor(asked, device=q.device)[:, None]
-        asking = kept.asking[rows, (begin[:, None] - last) % size].unflatten(-1, q.shape[1:])
+        asking = kept.asking[rows, before % kept.asking.shape[1]].unflatten(-1, q.shape[1:])
         strides = [(row, position[row]) for row in asked]
         if kept.faded:
             for (row, at), some in zip(strides, self._aged(layer, strides, g.asking(asking, begin)), strict=True):
