@@ -55,15 +55,16 @@ WIDE = {"num_layers": 3, "pattern": ["ssm", "attention", "attention"], "num_head
 FOUR = {"num_heads": 4, "num_kv_heads": 2}
 STORED = {
     "pattern": ["ssm", "bmojo"], "window": 64, "eidetic_slots": 32, "innovation": "recent", "storage_layers": [-1],
-    "storage_stride": 4, "storage_keys": 8, "storage_blocks": 2,
+    "storage_stride": 4, "storage_keys": 16, "storage_blocks": 4,
 }  # fmt: skip
 # name: the phase it starts from, changes of LAYERS; of a step the rows, their length and facts; steps, learning rate
 PHASES: dict[str, tuple[str | None, dict[str, Any], int, int, int, int, float]] = {
     "base": (None, WIDE, 16, 256, 4, 1500, 4e-3),
     "longer": ("base", FOUR, 8, 512, 8, 300, 2e-3),
     "full": ("longer", {}, 8, 512, 8, 200, 2e-3),
-    "begun": ("longer", STORED, 8, 256, 4, 200, 1.5e-3),
-    "stored": ("begun", {**STORED, "storage_blocks": 4}, 8, 512, 7, 300, 2e-3),
+    "begun": ("longer", {**STORED, "storage_keys": 8, "storage_blocks": 2}, 8, 256, 4, 200, 1.5e-3),
+    "more": ("begun", {**STORED, "storage_keys": 8, "storage_blocks": 3}, 24, 256, 4, 300, 2e-3),
+    "stored": ("more", STORED, 24, 276, 4, 190, 2e-3),
 }
 
 
