@@ -44,11 +44,9 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-import json
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -58,19 +56,19 @@ from bmojo.config import ModelConfig
 from bmojo.errors import ConfigError, StateError
 from bmojo.memory.attention import Attention
 from bmojo.memory.decay import Decay
-from bmojo.memory.engines import Block, decode, encode
-from bmojo.memory.engines.block import frame_length, with_id
+from bmojo.memory.engines import Block
+from bmojo.memory.engines.block import with_id
 from bmojo.memory.faded import Faded, new_decay
+from bmojo.memory.geometry import Geometry
 from bmojo.memory.layout import Layout
+from bmojo.memory.mark import Mark
 from bmojo.memory.read import Slots
 from bmojo.memory.step import Step
 from bmojo.memory.store import Store
 from bmojo.ops.attention import last_weights, put
-from bmojo.ops.rope import rope_table, rotate
 
 NOWHERE = -(2**40)  # where a block of another source starts: no window hides it, and no slot holds it
 BRANCH = "@branch-"
-RINGS = ("tokens", "asking", "score")
 Rows = list[list[Block]]
 Pin = tuple[int, int, tuple[int, ...]]
 Aged = tuple[float, int, int, Block]  # similarity, age, band of age
@@ -152,174 +150,6 @@ class Kept:
     asking: Tensor | None = None
     score: Tensor | None = None
     laid: Laid | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Mark:
-    """A session of storage at one moment: what goes with the state of the model. A value, as that is.
-
-    Of each row: the names of its source and of those whose past it shares, up to a position; tokens read; blocks handed
-    to the store under its name; the position from which on the session keeps its own blocks. `rings` holds the last
-    tokens and, of each layer, what its blocks and its questions are made of; `found` and `own`, of each layer and row,
-    the blocks found for the stride it is in, and its own; `faded`, with decay, its weights.
-    """
-
-    sources: tuple[str, ...]
-    ancestors: tuple[dict[str, int], ...]
-    positions: tuple[int, ...]
-    handed: tuple[int, ...]
-    released: tuple[int, ...]
-    generation: int
-    rings: dict[str, Tensor]
-    found: dict[int, tuple[tuple[Block, ...], ...]]
-    own: dict[int, tuple[tuple[Block, ...], ...]]
-    faded: dict[int, tuple[Faded, ...]] = dataclasses.field(default_factory=dict)
-
-    _ROWS: ClassVar = ("sources", "ancestors", "positions", "handed", "released")
-
-    @classmethod
-    def cat(cls, marks: Sequence[Mark]) -> Mark:
-        """One of all their rows; they are of one model, all or none with decay, all or none a token old or more."""
-        rows = {name: tuple(itertools.chain(*(getattr(mark, name) for mark in marks))) for name in cls._ROWS}
-        rings = {name: torch.cat([mark.rings[name] for mark in marks]) for name in marks[0].rings}
-        if len({row.decay.policy for mark in marks for rows in mark.faded.values() for row in rows}) > 1:
-            raise StateError("streams with decay of other half-lives can't be in one batch; read them one by one")
-        found, own, faded = (
-            {
-                layer: tuple(itertools.chain(*(getattr(mark, name)[layer] for mark in marks)))
-                for layer in getattr(marks[0], name)
-            }
-            for name in ("found", "own", "faded")
-        )
-        newest = max(mark.generation for mark in marks)
-        return cls(generation=newest, rings=rings, found=found, own=own, faded=faded, **rows)
-
-    def split(self) -> list[Mark]:
-        """One of each row."""
-        return [
-            Mark(
-                generation=self.generation,
-                rings={name: ring[row : row + 1] for name, ring in self.rings.items()},
-                found={layer: blocks[row : row + 1] for layer, blocks in self.found.items()},
-                own={layer: blocks[row : row + 1] for layer, blocks in self.own.items()},
-                faded={layer: rows[row : row + 1] for layer, rows in self.faded.items()},
-                **{name: getattr(self, name)[row : row + 1] for name in self._ROWS},
-            )
-            for row in range(len(self.sources))
-        ]
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """As tensors that a file can hold. Of the blocks of other sources they hold the ids alone: what is forgotten is
-        to be gone."""
-        facts: dict[str, Any] = {name: getattr(self, name) for name in (*self._ROWS, "generation")}
-        if self.faded:
-            facts["decay"] = {layer: [row.to_dict() for row in rows] for layer, rows in self.faded.items()}
-        tensors = dict(self.rings)
-        for name in ("found", "own"):
-            for layer, rows in getattr(self, name).items():
-                for row, blocks in enumerate(rows):
-                    mine = {self.sources[row], *self.ancestors[row]}
-                    ids = [-1 if block.source in mine else block.id for block in blocks]
-                    facts[f"{name}.{layer}.{row}"] = ids
-                    frames = (encode(block) for block in blocks if block.source in mine)
-                    tensors[f"{name}.{layer}.{row}"] = _bytes(b"".join(frames))
-        tensors["facts"] = _bytes(json.dumps(facts).encode())
-        return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], store: Store | None = None) -> Mark:
-        """The inverse, with the `store` that it was made with. Raises StateError for what is none of its work."""
-
-        def others(number: int) -> Block | None:
-            return None if store is None else store.get(number)
-
-        try:
-            facts = json.loads(tensors["facts"].cpu().numpy().tobytes())
-            rows = {name: tuple(facts[name]) for name in cls._ROWS}
-            parts: dict[str, dict[int, list[tuple[Block, ...]]]] = {"found": {}, "own": {}}
-            there: dict[str, list[bool]] = {}
-            for name in sorted(tensors, key=_by_number):
-                kind, *where = name.split(".")
-                if kind in parts:
-                    mine = iter(_blocks(tensors[name].cpu().numpy().tobytes()))
-                    blocks = [next(mine) if number < 0 else others(number) for number in facts[name]]
-                    there[name] = [block is not None for block in blocks]
-                    parts[kind].setdefault(int(where[0]), []).append(tuple(b for b in blocks if b is not None))
-            found, own = ({layer: tuple(all_rows) for layer, all_rows in parts[kind].items()} for kind in parts)
-            rings = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] in RINGS}
-            faded = {
-                int(layer): tuple(Faded.from_dict(d).only(there[f"found.{layer}.{row}"]) for row, d in enumerate(each))
-                for layer, each in facts.get("decay", {}).items()
-            }
-            return cls(generation=facts["generation"], rings=rings, found=found, own=own, faded=faded, **rows)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise StateError(f"what was saved of a storage is damaged ({error}); save the stream again") from None
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a layer reads: `reach`, the tokens that stand between a chunk's start and a block found for it."""
-
-    block: int
-    keys: int
-    stride: int
-    queries: int
-    blocks: int
-    window: int
-    chunk: int
-    reach: int
-    kv_heads: int
-    head_dim: int
-    theta: float
-    compact: bool
-
-    @classmethod
-    def of(cls, config: ModelConfig, layer: int) -> Geometry:
-        has, window = config.parts(config.kinds[layer]), config.window
-        assert window is not None
-        reach = window + config.fading_span * has.fading + config.eidetic_slots * has.eidetic
-        return cls(
-            config.storage_block, config.storage_keys, config.storage_stride, config.storage_queries,
-            config.storage_blocks, window, config.chunk_size, reach, config.num_kv_heads, config.head_dim,
-            config.rope_theta, config.positions == "compact",
-        )  # fmt: skip
-
-    def turn(self, x: Tensor, position: Tensor) -> Tensor:
-        """x [..., heads, P] turned by positions [...] (broadcast)."""
-        position = position.view(*(1,) * (x.ndim - 2 - position.ndim), *position.shape)
-        return rotate(x, rope_table(position, self.head_dim, self.theta, x.dtype))
-
-    def base(self, begin: Tensor) -> Tensor:
-        """Where a block stands that is found for the stride from `begin` on."""
-        return begin - begin % self.chunk - self.reach - self.block
-
-    def asking(self, q: Tensor, begin: Tensor) -> Tensor:
-        """Queries [..., n, H, P], turned by their positions, as index keys are compared with them: [..., n, D]."""
-        q = self.turn(q, -self.base(begin)[..., None])
-        q = q.unflatten(-2, (self.kv_heads, -1)).sum(-2) * self.head_dim**-0.5
-        return q.flatten(-2)
-
-    def stands(self, begin: Tensor, start: Tensor) -> Tensor:
-        """Positions to turn the tokens of found blocks by [..., block], that start at `start` [...] of the row's own
-        source, or far below 0, for the stride from `begin` [...] on."""
-        inner = torch.arange(self.block, device=begin.device)
-        base = self.base(begin)
-        if not self.compact:
-            base = torch.where(start < 0, base, start)
-        return base[..., None] + inner
-
-    def turned(self, k: Tensor) -> Tensor:
-        """Keys [..., block, K, P] turned by their places in the block: [..., block, D]."""
-        return self.turn(k, torch.arange(k.shape[-3], device=k.device)).flatten(-2)
-
-    def found_by(self, k: Tensor, score: Tensor | None) -> Tensor:
-        """What blocks are found by [..., r, D], from keys [..., block, K, P] not turned, and scores [..., block]."""
-        count = k.shape[-3]
-        k = self.turned(k)
-        if score is None:
-            return torch.stack([part.mean(-2) for part in k.tensor_split(min(self.keys, count), -2)], -2)
-        index = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., : self.keys]
-        return k.gather(-2, index[..., None].expand(*index.shape, k.shape[-1]))
 
 
 class Storage:
@@ -1109,25 +939,8 @@ def _key(block: Block) -> tuple[str, int, int]:
     return block.source, block.layer, block.start
 
 
-def _bytes(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-
-
-def _blocks(data: bytes) -> tuple[Block, ...]:
-    """Of the frames in `data`, one after the other."""
-    found = []
-    while data:
-        found.append(decode(data))
-        data = data[frame_length(data) :]
-    return tuple(found)
-
-
 def _numpy(z: Tensor) -> np.ndarray:
     return z.detach().cpu().to(torch.promote_types(z.dtype, torch.float32)).numpy()
-
-
-def _by_number(name: str) -> list[int]:
-    return [int(part) for part in name.split(".")[1:]]
 
 
 def _first(z: Tensor, count: int, fill: float) -> Tensor:
