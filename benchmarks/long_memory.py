@@ -64,7 +64,7 @@ PHASES: dict[str, tuple[str | None, dict[str, Any], int, int, int, int, float]] 
     "full": ("longer", {}, 8, 512, 8, 200, 2e-3),
     "begun": ("longer", {**STORED, "storage_keys": 8, "storage_blocks": 2}, 8, 256, 4, 200, 1.5e-3),
     "more": ("begun", {**STORED, "storage_keys": 8, "storage_blocks": 3}, 24, 256, 4, 300, 2e-3),
-    "stored": ("more", STORED, 24, 276, 4, 190, 2e-3),
+    "stored": ("more", STORED, 24, 276, 4, 690, 2e-3),
 }
 
 
