@@ -132,8 +132,8 @@ def test_broken_off_it_goes_on(bmojo, reader, tmp_path, how):
     """Killed, or by Ctrl-C: what was read stays, and the rest is read by the same command."""
     texts = tmp_path / "texts"
     texts.mkdir()
-    for i in range(60):
-        (texts / f"{i:02}.txt").write_text(f"{i} is a number. " * 200)
+    for i in range(300):
+        (texts / f"{i:03}.txt").write_text(f"{i} is a number. " * 200)
     store = tmp_path / "mem"
     command = ["remember", str(reader), str(texts), "--store", str(store), "--threads", "1"]
     process = subprocess.Popen([sys.executable, "-m", "bmojo", *command], stderr=subprocess.PIPE)
@@ -149,9 +149,9 @@ def test_broken_off_it_goes_on(bmojo, reader, tmp_path, how):
     code, out, err = bmojo(*command)
     assert code == 0, err
     there = int(re.search(r"(\d+) were there already", out)[1])
-    assert 0 < there < 60
-    assert {entry["tokens"] for entry in sources(store).values()} == {200 * 15, 200 * 16}
-    assert len(sources(store)) == 60
+    assert 0 < there < 300
+    assert {entry["tokens"] for entry in sources(store).values()} == {200 * 15, 200 * 16, 200 * 17}
+    assert len(sources(store)) == 300
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def test_a_setting_has_one_owner(task):
     assert model & own <= {"vocab_size"}  # the task's, which the model's follows
     assert {"seed", "seq_len", "encode"}.isdisjoint(settings_of(task))
     kinds = {kind.removesuffix(" | None") for _, kind in settings_of(task).values()}
-    assert kinds <= {"int", "float", "str", "bool", "tuple[str, ...]", "tuple[float, float]"}  # can be parsed
+    assert kinds <= {"int", "float", "str", "bool", "tuple[str, ...]", "tuple[int, ...]", "tuple[float, float]"}
 
 
 def test_every_combination_is_a_trial_of_its_own(make_sweep, axis):

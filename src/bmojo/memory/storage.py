@@ -477,7 +477,8 @@ class Storage:
         if self.distractors:  # what other rows have read later may know, by way of layers below, of this row's future
             seen = torch.where((row[:, None] == row)[:, None, :, None], seen, past.transpose(0, 1))
         value = value.masked_fill(~(seen & fresh[..., None, None]), -torch.inf).flatten(2)
-        bias, blocks = None, list[tuple[int, Block]]()
+        bias: Tensor | None = None
+        blocks: list[tuple[int, Block]] = []
         if kept.faded:
             due = [(int(b), int(i)) for b, i in fresh.nonzero()]
             aged = self._aged(layer, [(b, int(begin[b, i])) for b, i in due], asking[fresh])

