@@ -7,7 +7,7 @@ import torch
 from cases import close, draw_tokens
 
 from bmojo import BMojoLM, presets
-from bmojo.errors import ConfigError
+from bmojo.errors import ConfigError, StateError
 from bmojo.memory.engines.engine import MemoryEngine
 from bmojo.memory.storage import Mark, Storage, root
 from bmojo.memory.store import Store
@@ -138,6 +138,36 @@ def test_branches_of_a_stream_never_see_each_other():
     assert {root(source) for source in sources} == {"other", "a"}
     with pytest.raises(ConfigError, match="they go together"):
         model(tokens, storage=twin)
+
+
+@torch.no_grad()
+def test_a_session_that_found_nothing_can_begin_to_find():
+    """It has handed over the same, and knows what asks."""
+    model, tokens = small("bmojo", storage_layers=(1,)), draw_tokens(1, 110)
+    stores, marks, states = [filled(model) for _ in range(2)], [], []
+    for store, find in zip(stores, (True, False), strict=True):
+        storage = storage_of(model, store=store, sources=["a"], find=find)
+        states.append(model(tokens[:, :72], storage=storage)[1])
+        storage.settle()
+        marks.append(storage.mark())
+    for name, ring in marks[0].rings.items():
+        close(marks[1].rings[name], ring, 1e-12, name)
+    found = []
+    for store, mark, state in zip(stores, marks, states, strict=True):
+        storage = storage_of(model, store=store, write=False)
+        storage.back(mark)
+        found.append(model(tokens[:, 72:], state, storage=storage)[0])
+    close(found[1], found[0], 1e-9)
+
+
+@torch.no_grad()
+def test_a_mark_of_other_settings_is_refused():
+    model = small("bmojo")
+    storage = storage_of(model)
+    model(draw_tokens(1, 40), storage=storage)
+    with pytest.raises(StateError, match="2 tokens that ask, this one has 3; go on with the same storage_queries"):
+        storage_of(model.with_settings(storage_queries=3)).back(storage.mark())
+    storage_of(model.with_settings(storage_stride=8, storage_blocks=1)).back(storage.mark())
 
 
 @torch.no_grad()

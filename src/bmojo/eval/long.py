@@ -89,8 +89,8 @@ class Streamed(Method):
 class Stored(Streamed):
     """The state after the text, and a store of all its blocks, which every layer with storage finds again.
 
-    The text is read with as little looked up as can be; where the last layer alone has storage, that changes neither
-    what is stored nor the state.
+    The text is read without looking anything up; where the last layer alone has storage, that changes neither what is
+    stored nor the state.
     """
 
     def __init__(self, model: BMojoLM, store: Store) -> None:
@@ -98,15 +98,12 @@ class Stored(Streamed):
         self.store = store
 
     def read(self, text: Tensor) -> None:
-        model = self.model.with_settings(storage_stride=self.model.config.chunk_size, storage_blocks=1)
-        storage = Storage(model.config, store=_WriteOnly(self.store))  # type: ignore[arg-type]
-        state = model.empty_state()
+        storage = Storage(self.model.config, store=self.store, find=False)
         for part in text[None].split(SEGMENT, 1):
-            _, state = model.features(part, state, storage=storage)
+            _, self.state = self.model.features(part, self.state, storage=storage)
         storage.settle()
         time.sleep(self.store.publish)
         self.mark = storage.mark()
-        self.state = dataclasses.replace(state, config=self.model.config)
 
     def with_settings(self, **changes: Any) -> Self:
         """What was read, with another `storage_stride` or `storage_blocks` once the stride in progress has ended."""
@@ -122,19 +119,6 @@ class Stored(Streamed):
 
     def nbytes(self) -> dict[str, int]:
         return {**super().nbytes(), "store": self.store.stats()["bytes"]}
-
-
-class _WriteOnly:
-    """A store that finds nothing."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    def search(self, layer: int, asking: np.ndarray, *_: int) -> list[list[tuple[float, int]]]:
-        return [[] for _ in asking]
 
 
 class Neighbours(Stored):

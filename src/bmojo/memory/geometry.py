@@ -39,6 +39,10 @@ class Geometry:
             config.rope_theta, config.positions == "compact",
         )  # fmt: skip
 
+    def ring(self, *, decays: bool) -> int:
+        """How many of the last queries are kept: those that ask, with decay all of a stride."""
+        return max(self.stride, self.queries) if decays else self.queries
+
     def turn(self, x: Tensor, position: Tensor) -> Tensor:
         """x [..., heads, P] turned by positions [...] (broadcast)."""
         position = position.view(*(1,) * (x.ndim - 2 - position.ndim), *position.shape)

@@ -293,6 +293,13 @@ class Storage:
                 f"the storage was marked with {len(mark.sources)} rows and layers {sorted(mark.own)}, this one has "
                 f"{self.rows} rows and layers {sorted(self.layers)}"
             )
+        for layer, g in self.geometry.items():
+            asking, size = mark.rings.get(f"asking.{layer}"), g.ring(decays=bool(mark.faded))
+            if asking is not None and asking.shape[1] != size:
+                raise StateError(
+                    f"the storage was marked with {asking.shape[1]} tokens that ask, this one has {size}; go on with "
+                    "the same storage_queries (with decay, storage_stride too)"
+                )
         self.sources, self.ancestors, self.positions = list(mark.sources), list(mark.ancestors), list(mark.positions)
         self._handed, self.released, self.generation = list(mark.handed), mark.released, mark.generation
         self._tokens = mark.rings["tokens"].clone() if "tokens" in mark.rings else None
@@ -449,9 +456,13 @@ class Storage:
         parts = k, v, first, row[:, None].expand_as(first), torch.full_like(first, g.block)
         near = Pool(*(z.flatten(0, 1) for z in parts))
 
+        ring = g.ring(decays=self.decays)
+        asked = layout.history(kept.asking, q.flatten(2), ring)
+        if self.keep:
+            kept.asking, kept.laid = layout.ring(asked, ring), None
+            kept.score = None if scores is None else layout.ring(scores, g.block)
         if not self.find:
             if self.keep:
-                kept.score = None if scores is None else layout.ring(scores, g.block)
                 self._made(layer, near, keys, scores, place, done)
             return None
 
@@ -459,8 +470,6 @@ class Storage:
         begin = layout.position[:, :: g.stride]
         some = layout.valid.unflatten(1, (len(slot), g.stride)).any(2)
         fresh = some & (begin > 0) & (slot >= layout.offset[:, None])  # the others go on with what was found before
-        ring = self._ring(g)
-        asked = layout.history(kept.asking, q.flatten(2), ring)
         asking = asked[:, ring - g.queries + 1 :].unfold(1, g.queries, g.stride).transpose(2, 3)
         before = begin[..., None] - torch.arange(g.queries - 1, -1, -1, device=device)
         asking = torch.where((before >= 0)[..., None], asking, asking[:, :, -1:])  # at the start there are fewer
@@ -508,12 +517,9 @@ class Storage:
         from_slot = torch.maximum(opens, own + (g.window - begin + slot)[..., None, None])
         last = (opens + g.stride - 1).masked_fill(~visible, -1)
         k = g.turn(pool.k[entry], g.stands(begin[..., None], start))
-        if self.keep:
-            kept.asking, kept.laid = layout.ring(asked, ring), None
-            kept.score = None if scores is None else layout.ring(scores, g.block)
-            if not kept.faded:
-                made = self._made(layer, near, keys, scores, place, done)
-                self._remember(kept, made, blocks, entry, value, layout)
+        if self.keep and not kept.faded:
+            made = self._made(layer, near, keys, scores, place, done)
+            self._remember(kept, made, blocks, entry, value, layout)
         token = None if self.keep else entry[..., None] // len(end) * layout.slots + place[entry % len(end)]
         shape = (q.shape[0], layout.chunks, -1)
         k, v, from_slot, last = (z.reshape(*shape, *z.shape[4:]) for z in (k, pool.v[entry], from_slot, last))
@@ -529,7 +535,7 @@ class Storage:
         g, kept = self.geometry[layer], self.layers[layer]
         position = at.positions
         if kept.asking is None:
-            kept.asking = q.new_zeros(self.rows, self._ring(g), q[0].numel())
+            kept.asking = q.new_zeros(self.rows, g.ring(decays=self.decays), q[0].numel())
         if kept.score is None and score is not None:
             kept.score = score.new_zeros(self.rows, g.block)
         kept.asking = put(kept.asking, at.position % kept.asking.shape[1], q.flatten(1))
@@ -584,7 +590,7 @@ class Storage:
         g, kept = self.geometry[layer], self.layers[layer]
         pairs = [(int(b), int(i)) for b, i in fresh.nonzero()]
         starts = [(row, int(begin[row, i])) for row, i in pairs]
-        results = self._search(layer, starts, asking[fresh]) if pairs else []
+        results = self._search(layer, starts, asking[fresh])
         for row, offset in enumerate(layout.offset.tolist()):
             if offset % g.stride and kept.found[row]:
                 pairs.append((row, offset // g.stride))
@@ -603,16 +609,13 @@ class Storage:
         return blocks, value, which
 
     def _search(
-        self, layer: int, strides: Sequence[tuple[int, int]], asking: Tensor
+        self, layer: int, strides: Sequence[tuple[int, int]], asking: Tensor, ages: tuple[int, int | None] = (0, None)
     ) -> list[list[tuple[float, Block]]]:
-        """For each (row, begin), with tokens asking [m, n, D]: the blocks of highest score, best first."""
-        return self._nearest(layer, strides, _numpy(asking))
-
-    def _nearest(
-        self, layer: int, strides: Sequence[tuple[int, int]], asks: np.ndarray, ages: tuple[int, int | None] = (0, None)
-    ) -> list[list[tuple[float, Block]]]:
-        """The same among those as old as `ages`, in blocks: from the first up to, not including, the second."""
-        g, own = self.geometry[layer], self.layers[layer].own
+        """For each (row, begin), with tokens asking [m, n, D]: the blocks of highest score, best first, of those as old
+        as `ages`, in blocks: from the first up to, not including, the second."""
+        if not strides:
+            return []
+        g, own, asks = self.geometry[layer], self.layers[layer].own, _numpy(asking)
         newer, older = ages
         mine: list[list[tuple[float, int, int, Block | None]]] = []
         for (row, begin), each in zip(strides, asks, strict=True):
@@ -638,19 +641,15 @@ class Storage:
             want *= 2  # much of what was found is of other branches of these streams
 
     # with decay
-    def _ring(self, g: Geometry) -> int:
-        """How many of the last queries are kept."""
-        return max(g.stride, g.queries) if self.decays else g.queries
-
     def _aged(self, layer: int, strides: Sequence[tuple[int, int]], asking: Tensor) -> list[list[Aged]]:
         """For each (row, begin), with tokens asking [m, n, D]: (similarity, age, band, block) of the most similar of
         each band of age."""
-        asks, heads = _numpy(asking), self.config.num_heads
+        heads = self.config.num_heads
         found: list[list[Aged]] = [[] for _ in strides]
         lives = sorted(self.layers[layer].faded[0].decay.policy.half_lives)
         newer = [0, *(int(h) for h in lives if np.isfinite(h))]
         for band, ages in enumerate(zip(newer, [*newer[1:], None], strict=True)):
-            each = self._nearest(layer, strides, asks, ages) if strides else []
+            each = self._search(layer, strides, asking, ages)
             for (row, begin), some, mine in zip(strides, each, found, strict=True):
                 mine += [(score / heads, self._age(row, begin, block), band, block) for score, block in some]
         return found
@@ -917,7 +916,7 @@ class Storage:
         released = []
         for row, position in enumerate(at.positions):
             blocks = (block for kept in self.layers.values() for block in kept.own[row].blocks)
-            missing = (block.start for block in blocks if not 0 <= self._ids.get(_key(block), -1) <= newest)
+            missing = (block.start for block in blocks if not 0 <= self._id(block) <= newest)
             released.append(max(self.released[row], min([position - behind, *missing])))
         self.released = tuple(released)
         if self.record is not None:
