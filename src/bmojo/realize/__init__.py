@@ -1,0 +1,1 @@
+"""Stochastic realization: linear systems, their forms and filters, and their identification from data (float64)."""
