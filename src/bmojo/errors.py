@@ -37,6 +37,10 @@ class StoreError(BMojoError):
     """A store of blocks or of states that is damaged, in use, or made by another model."""
 
 
+class UniversalError(BMojoError):
+    """A table, search or machine of universal prediction asked for what it can't give, or a file that is not one."""
+
+
 class MissingPackageError(BMojoError):
     """An optional package that this feature needs."""
 
