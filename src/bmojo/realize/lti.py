@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bmojo.errors import RealizationError
-from bmojo.files import optional_module
 
 MAX_CONDITION = 1e8
 Array = np.ndarray
@@ -161,8 +160,8 @@ class LTI:
             raise RealizationError(f"a series must be [..., T, {self.C.shape[0]}] with T >= 1, got {list(y.shape)}")
         if not np.isfinite(y).all():
             raise RealizationError("a series must be finite: it has nan or inf; cut or fill these samples")
-        errors = self._errors(self._riccati() if steady else self.stationary)
-        _, gains, covariances = zip(*itertools.islice(errors, y.shape[-2]), strict=True)
+        steps = self._gains(self._riccati() if steady else self.stationary)
+        gains, covariances = zip(*itertools.islice(steps, y.shape[-2]), strict=True)
         x, last = np.zeros((*y.shape[:-2], self.A.shape[0])), len(gains) - 1
         predictions, white = np.empty_like(y), np.empty_like(y)
         for t in range(y.shape[-2]):
@@ -184,42 +183,38 @@ class LTI:
         cross = self.A @ sigma @ self.C.T + self.B @ self.D.T
         return np.linalg.solve(root.T, np.linalg.solve(root, cross.T)).T, R_e
 
-    def _correct(self, sigma: Array) -> tuple[Array, Array, Array]:
-        """One step of the Riccati recursion: the covariance of the next error; K and R_e of this one. In Joseph's
-        form, which keeps it positive."""
-        K, R_e = self._gain(sigma)
-        F, noise = self.A - K @ self.C, self.B - K @ self.D
-        return _symmetric(F @ sigma @ F.T + noise @ noise.T), K, R_e
-
-    def _errors(self, sigma: Array) -> Iterator[tuple[Array, Array, Array]]:
-        """sigma_t, K_t and R_t, where sigma is the covariance of the first error, until they settle."""
+    def _gains(self, sigma: Array) -> Iterator[tuple[Array, Array]]:
+        """K_t and R_t from covariance sigma of the first error on, until they settle."""
         scale, last = max(np.abs(self.stationary).max(), np.finfo(float).tiny), np.inf
         while True:
-            new, K, R_e = self._correct(sigma)
-            yield sigma, K, R_e
+            K, R_e = self._gain(sigma)
+            yield K, R_e
+            F, noise = self.A - K @ self.C, self.B - K @ self.D
+            new = _symmetric(F @ sigma @ F.T + noise @ noise.T)  # Joseph's form, which keeps it positive
             change = np.abs(new - sigma).max() / scale
             if change <= 1e-15 or last <= change <= 1e-11:  # the second: what rounding leaves
                 return
             sigma, last = new, change
 
     def _riccati(self) -> Array:
-        """The stabilising sigma = E (x - E[x | past of y]) (...)': scipy's answer, polished by the recursion itself."""
-        linalg = optional_module("scipy.linalg", "the innovations form", "realize")
-        start = self.stationary
-        try:
-            noise = self.B @ self.B.T, self.D @ self.D.T, None, self.B @ self.D.T
-            answer = _symmetric(linalg.solve_discrete_are(self.A.T, self.C.T, *noise))
-            if np.linalg.eigvalsh(answer)[0] >= -1e-8 * np.abs(start).max():
-                start = answer
-        except np.linalg.LinAlgError:  # as where D D' is singular: the recursion needs R_e only
-            pass
-        for step, (sigma, _, _) in enumerate(self._errors(start)):
-            if step == 20_000:
-                raise RealizationError(
-                    "the Kalman filter has not settled after 20,000 samples: the process has a zero on the unit circle, "
-                    "or next to it; add noise to the outputs (D)"
-                )
-        return sigma
+        """The stabilising sigma = E (x - E[x | past of y]) (...)', by Newton's method from the gain 0: each covariance
+        is that of an observer, each gain the best for it (Kleinman 1968, Hewer 1971). D D' may be singular."""
+        sigma, last = self.stationary, np.inf
+        for _ in range(100):
+            K, _ = self._gain(sigma)
+            F, noise = self.A - K @ self.C, self.B - K @ self.D
+            zero = np.abs(np.linalg.eigvals(F)).max()
+            if zero > 1 - 1e-7:
+                break
+            new = _lyapunov(F, noise @ noise.T)
+            change = np.abs(new - sigma).max() / max(np.abs(self.stationary).max(), np.finfo(float).tiny)
+            if change <= 1e-15 or last <= change <= 1e-9:  # the second: what rounding leaves
+                return new
+            sigma, last = new, change
+        raise RealizationError(
+            f"the process has a zero of modulus {zero:.9g}, on the unit circle or next to it, so that no prediction of "
+            "finite memory comes near the best; add noise to the outputs (D)"
+        )
 
     # other coordinates
     def transform(self, T: Array) -> LTI:
@@ -234,10 +229,145 @@ class LTI:
     def whitened(self) -> LTI:
         """In coordinates where the stationary covariance is I: x = P^(1/2) z. Refused if uncontrollable, as far as
         cond(P^(1/2)) above 1e8."""
+        return self.transform(np.linalg.inv(self._deviations()))
+
+    def _deviations(self) -> Array:
+        """P^(1/2), symmetric; refused if near singular."""
         values, vectors = np.linalg.eigh(self.stationary)
         roots = np.sqrt(np.maximum(values, 0))
         _well(roots.max(), roots.min(), "whitened coordinates", "the system is uncontrollable: P is singular")
-        return self.transform((vectors / roots) @ vectors.T)
+        return (vectors * roots) @ vectors.T
+
+    def to_modal(self) -> LTI:
+        """A block diagonal: [r] for a real pole, [[a, b], [-b, a]] for a pair a +- bi; largest pole first. Refused if
+        the eigenvectors, of length 1, have condition number above 1e8: poles that coincide, or nearly."""
+        poles, V = self._modes()
+        return LTI(_block_diagonal(poles, poles), np.linalg.solve(V, self.B), self.C @ V, self.D)
+
+    def _modes(self) -> tuple[list[complex], Array]:
+        """The poles with one of each pair, largest first, and V [n, n], for which A V = V (their blocks)."""
+        values, vectors = np.linalg.eig(self.A)
+        order = [i for i in np.argsort(-np.abs(values), kind="stable") if values[i].imag >= 0]
+        columns: list[Array] = []
+        for i in order:
+            v = vectors[:, i]
+            if values[i].imag == 0:
+                columns.append(v.real)
+            else:
+                v = v * np.exp(-0.5j * np.angle(v @ v))  # the phase in which the two columns are orthogonal
+                columns += [v.real, v.imag]
+        V = np.stack(columns, 1)
+        _conditioned(V, "modal coordinates", "poles coincide, or nearly so; keep this form, or companion form")
+        return [complex(values[i]) for i in order], V
+
+    def to_companion(self, output: int = 0) -> LTI:
+        """A = shift + last row: ones above the diagonal and the last row -a, a the coefficients of A's characteristic
+        polynomial; C[output] = [1 0 ... 0], so the state predicts `output` at t, t+1, ..., t+n-1.
+
+        a = 0 is the nilpotent window, distinct roots are a diagonal system: one family has both. The coordinates are
+        the rows C[output] A^k; refused if their condition number is above 1e8: real poles allow some 10 to 20 states,
+        poles on a ring any number. Refused by the same number if the system is unobservable from that output.
+        """
+        n, _, p = self.sizes
+        if not 0 <= output < p:
+            raise RealizationError(f"output must be in 0 ... {p - 1}, got {output}")
+        rows = [self.C[output]]
+        for _ in range(n):
+            rows.append(rows[-1] @ self.A)
+        T = np.stack(rows[:n])
+        why = f"unobservable from output {output}, or poles too close for this form; try another output, or to_modal"
+        _conditioned(T, "companion coordinates", why)
+        A, C = np.eye(n, k=1), np.linalg.solve(T.T, self.C.T).T
+        A[-1] = np.linalg.solve(T.T, rows[n])
+        C[output] = np.eye(n)[0]
+        return LTI(A, T @ self.B, C, self.D)
+
+    def shift(self, window: int) -> LTI:
+        """The nilpotent window: the state is the last `window` inputs, newest first, A the block shift (A^window = 0),
+        C = [h_1 ... h_window]. It has the Markov parameters of this system to `window` and none beyond, as a
+        Transformer whose window is that."""
+        if window < 1:
+            raise RealizationError(f"window must be at least 1, got {window}")
+        m = self.B.shape[1]
+        h = self.impulse(window)[1:]
+        return LTI(np.eye(window * m, k=-m), np.eye(window * m, m), np.concatenate(list(h), 1), self.D)
+
+    @cached_property
+    def hankel(self) -> Array:
+        """The Hankel singular values, largest first: the square roots of the eigenvalues of P W, with the gramians P of
+        controllability (`stationary`) and W of `observability`. As many as are not zero is the minimal order."""
+        return np.linalg.svd(_root(self.observability).T @ _root(self.stationary), compute_uv=False)
+
+    def balanced(self, r: int | None = None) -> tuple[LTI, float]:
+        """The r states that matter most (None: all), where both gramians are diag(hankel), and the bound
+        2 sum_{i > r} hankel_i on the error of the transfer function, at every frequency (H-infinity norm).
+
+        Truncated by the square-root method. Refused if unstable, or if hankel_1 / hankel_r is above 1e8: the system is
+        not minimal, uncontrollable or unobservable, and fewer states give the same.
+        Source: Moore 1981; Enns 1984; Glover 1984.
+        """
+        n = self.A.shape[0]
+        r = n if r is None else r
+        if not 1 <= r <= n:
+            raise RealizationError(f"r must be in 1 ... {n}, the number of states, got {r}")
+        left, right = _root(self.observability), _root(self.stationary)
+        U, values, V = np.linalg.svd(left.T @ right)
+        kept = int((values * MAX_CONDITION >= values[0]).sum())
+        why = f"not minimal (uncontrollable or unobservable): {kept} states give the same; ask for r <= {kept}"
+        _well(values[0], values[r - 1], "balanced coordinates", why)
+        scale = np.sqrt(values[:r])
+        to, back = (left @ U[:, :r] / scale).T, right @ V[:r].T / scale
+        return LTI(to @ self.A @ back, to @ self.B, self.C @ back, self.D), float(2 * values[r:].sum())
+
+    def resampled(self, speed: float, *, fold: bool = False, tolerance: float = 1e-8) -> LTI:
+        """The process at `speed` steps a sample: A^speed, with noise such that the stationary P, L_0 and L_h = C A^(h
+        speed - 1) G are kept. Its h-th covariance is that of this one h * speed samples apart.
+
+        A^speed is by the real logarithm of the modal form (by products for whole numbers); the noise [x; y] then has
+        covariance [[P - A^s P A'^s, A^(s-1) B D'], [., D D']]. A negative speed is the backward model at -speed.
+        Refused if a pole is negative, which has no real logarithm (`fold=True` takes |pole|^speed for it: P is kept,
+        the signs of its covariances are not); if zero is a pole and B D' is not 0; and if the process has no samples
+        between samples: that covariance, where P = I and diag(L_0) = 1, has an eigenvalue below -tolerance. Above it
+        negative ones are set to 0, which adds as much to P.
+        """
+        if not np.isfinite(speed) or speed == 0:
+            raise RealizationError(f"speed must be a finite number other than 0, got {speed}")
+        if speed < 0:
+            return self.resampled(-speed, fold=fold, tolerance=tolerance).reverse()
+        n, _, p = self.sizes
+        P, cross = self.stationary, self.B @ self.D.T
+        A = self._power(speed, fold)
+        if cross.any():
+            cross = self._power(speed - 1, fold) @ cross
+        noise = np.block([[P - A @ P @ A.T, cross], [cross.T, self.D @ self.D.T]])
+        scale = np.zeros((n + p, n + p))
+        scale[:n, :n] = self._deviations()
+        outputs = np.sqrt(np.einsum("ij,jk,ik->i", self.C, P, self.C) + np.square(self.D).sum(1))
+        scale[range(n, n + p), range(n, n + p)] = np.where(outputs > 0, outputs, 1)
+        white = np.linalg.solve(scale, np.linalg.solve(scale, noise).T)
+        lowest = np.linalg.eigvalsh(_symmetric(white))[0]
+        if lowest < -tolerance:
+            raise RealizationError(
+                f"at speed {speed:g} this process has no samples between its samples: its noise would have a "
+                f"covariance with eigenvalue {lowest:.2g} of the variance, below -tolerance ({tolerance:g}); "
+                "take a whole number, or a larger tolerance, which adds as much variance"
+            )
+        root = scale @ _root(_symmetric(white))
+        return LTI(A, root[:n], self.C, root[n:])
+
+    def _power(self, exponent: float, fold: bool) -> Array:
+        """A^exponent, real."""
+        if float(exponent).is_integer() and exponent >= 0:
+            return np.linalg.matrix_power(self.A, int(exponent))
+        poles, V = self._modes()
+        for pole in poles:
+            if (pole.imag == 0 and pole.real < 0 and not fold) or (pole == 0 and exponent < 0):
+                raise RealizationError(
+                    f"A has no real power {exponent:g}: it has the pole {pole.real:.6g}; "
+                    + ("fold=True takes its modulus" if pole.real else "make B D' = 0")
+                )
+        powers = [abs(z) ** exponent * np.exp(1j * exponent * np.angle(z) * (z.imag != 0)) for z in poles]
+        return np.linalg.solve(V.T, (V @ _block_diagonal(poles, powers)).T).T
 
     def reverse(self) -> LTI:
         """The backward model: the same process in reversed time, s = -t, as an LTI whose state is P^-1 x(t+1).
@@ -278,6 +408,8 @@ class LTI:
 def _matrix(name: str, value: Any) -> Array:
     """`value` as a read-only float64 matrix."""
     try:
+        if np.iscomplexobj(value):
+            raise TypeError("it is complex")
         matrix = np.array(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise RealizationError(f"{name} must be a real matrix: {error}") from error
@@ -330,6 +462,20 @@ def _lyapunov(A: Array, Q: Array) -> Array:
         P, A = _symmetric(P + term), A @ A
         if np.abs(term).max() <= 1e-17 * np.abs(P).max():
             return P
+
+
+def _block_diagonal(poles: list[complex], values: list[complex]) -> Array:
+    """[r] for each real pole and [[a, b], [-b, a]] for each of a pair, on the diagonal; the numbers are `values`."""
+    size = sum(1 + (z.imag != 0) for z in poles)
+    matrix, i = np.zeros((size, size)), 0
+    for z, value in zip(poles, values, strict=True):
+        matrix[i, i] = value.real
+        if z.imag != 0:
+            matrix[i + 1, i + 1] = value.real
+            matrix[i, i + 1], matrix[i + 1, i] = value.imag, -value.imag
+            i += 1
+        i += 1
+    return matrix
 
 
 def _run(A: Array, u: Array, x: Array) -> Array:
