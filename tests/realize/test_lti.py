@@ -236,9 +236,9 @@ def test_agrees_with_control():
     mine, _ = m.balanced(2)
     close(mine.impulse(6), LTI(*reduced, m.D).impulse(6), 8)
     independent = LTI(m.A, np.pad(m.B, ((0, 0), (0, 2))), m.C, np.pad(np.eye(2), ((0, 0), (4, 0))))
-    gain, sigma, _ = control.dlqe(m.A, np.eye(4), m.C, m.B @ m.B.T, np.eye(2))  # the gain of the filter, K = A gain
+    gain, sigma, _ = control.dlqe(m.A, np.eye(4), m.C, m.B @ m.B.T, np.eye(2))
     found = independent.innovations()
-    close(found.K, m.A @ gain)
+    close(found.K, gain)
     close(found.R_e, m.C @ sigma @ m.C.T + np.eye(2))
     single = stable(12, 4, 1, 2, pairs=1)
     siso = control.ss(single.A, single.B[:, :1], single.C, single.D[:, :1], 1)
