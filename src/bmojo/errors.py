@@ -18,7 +18,7 @@ class ConfigError(BMojoError):
 
 
 class DataError(BMojoError):
-    """Text, a tokenizer or a task that can't be read or is too short."""
+    """Text, a video, a tokenizer or a task that can't be read or is too short."""
 
 
 class DivergenceError(BMojoError):
