@@ -39,6 +39,8 @@ class StoreError(BMojoError):
 
 class RealizationError(BMojoError):
     """A linear system, or data to identify one from, that can't be worked with: unstable, not minimal, too short."""
+
+
 class UniversalError(BMojoError):
     """A table, search or machine of universal prediction asked for what it can't give, or a file that is not one."""
 
