@@ -283,7 +283,7 @@ def read_arrays(path: Path, kind: str, expected: dict[str, Any]) -> Iterator[Any
             ]
             if other:
                 raise UniversalError(
-                    f"{path} is a {kind} of other settings: {'; '.join(other)}; ask for what it holds, or take another path"
+                    f"{path} is a {kind} of other settings: {'; '.join(other)}; ask for those, or take another path"
                 )
             yield arrays
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError, TypeError) as error:
