@@ -41,6 +41,10 @@ class RealizationError(BMojoError):
     """A linear system, or data to identify one from, that can't be worked with: unstable, not minimal, too short."""
 
 
+class UniversalError(BMojoError):
+    """A table, search or machine of universal prediction asked for what it can't give, or a file that is not one."""
+
+
 class MissingPackageError(BMojoError):
     """An optional package that this feature needs."""
 

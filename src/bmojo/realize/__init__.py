@@ -4,6 +4,7 @@
 layer from it. All in numpy; scipy (extra `realize`) and torch are imported by what needs them.
 """
 
+from bmojo.realize.identify import cva, ho_kalman
 from bmojo.realize.lti import LTI, Filtered, Innovations
 
-__all__ = ["LTI", "Filtered", "Innovations"]
+__all__ = ["LTI", "Filtered", "Innovations", "cva", "ho_kalman"]

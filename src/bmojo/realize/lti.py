@@ -155,11 +155,9 @@ class LTI:
         The filter starts from x = 0 with covariance P and is exact for every T; `steady=True` takes the gain and the
         covariance of the innovations form from the first sample on.
         """
-        y = np.asarray(y, float)
+        y = numbers("the series", y)
         if y.ndim < 2 or y.shape[-1] != self.C.shape[0] or y.shape[-2] < 1:
             raise RealizationError(f"a series must be [..., T, {self.C.shape[0]}] with T >= 1, got {list(y.shape)}")
-        if not np.isfinite(y).all():
-            raise RealizationError("a series must be finite: it has nan or inf; cut or fill these samples")
         steps = self._gains(self._riccati() if steady else self.stationary)
         gains, covariances = zip(*itertools.islice(steps, y.shape[-2]), strict=True)
         x, last = np.zeros((*y.shape[:-2], self.A.shape[0])), len(gains) - 1
@@ -175,6 +173,21 @@ class LTI:
         log_det = np.append(log_dets, np.full(y.shape[-2] - last - 1, log_dets[-1]))
         nats = 0.5 * (np.square(white).sum(-1) + log_det + y.shape[-1] * np.log(2 * np.pi))
         return Filtered(predictions, innovations, np.stack(covariances), nats / np.log(2))
+
+    def excess(self, model: LTI) -> float:
+        """What predicting this process by the steady filter of `model` costs: log det of the covariance of its one-step
+        errors less that of the best, log det R_e >= 0, in nats (twice the excess code length of a sample). Exact: by
+        the joint covariance of both states, without a sample."""
+        K, R_e, _ = self.innovations()
+        own = model.innovations().K
+        if model.sizes[2] != self.sizes[2]:
+            raise RealizationError(f"both must have as many outputs, got {self.sizes[2]} and {model.sizes[2]}")
+        n = self.A.shape[0]
+        A = np.block([[self.A, np.zeros((n, len(model.A)))], [own @ self.C, model.A - own @ model.C]])
+        B = np.concatenate((K, own)) @ _cholesky(R_e, "the covariance of the innovations")
+        C = np.concatenate((self.C, -model.C), 1)
+        error = C @ _lyapunov(A, B @ B.T) @ C.T + R_e
+        return float(np.linalg.slogdet(np.linalg.solve(R_e, error))[1])
 
     def _gain(self, sigma: Array) -> tuple[Array, Array]:
         """K and R_e of the filter whose error has covariance sigma."""
@@ -405,18 +418,24 @@ class LTI:
         return self
 
 
-def _matrix(name: str, value: Any) -> Array:
-    """`value` as a read-only float64 matrix."""
+def numbers(name: str, value: Any) -> Array:
+    """`value` as a float64 array of its own; refused unless real and finite."""
     try:
         if np.iscomplexobj(value):
             raise TypeError("it is complex")
-        matrix = np.array(value, dtype=np.float64)
+        array = np.array(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise RealizationError(f"{name} must be a real matrix: {error}") from error
+        raise RealizationError(f"{name} must be real numbers: {error}") from error
+    if not np.isfinite(array).all():
+        raise RealizationError(f"{name} must be finite, got nan or inf")
+    return array
+
+
+def _matrix(name: str, value: Any) -> Array:
+    """The same as a read-only matrix."""
+    matrix = numbers(name, value)
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise RealizationError(f"{name} must be a matrix with rows and columns, got shape {list(matrix.shape)}")
-    if not np.isfinite(matrix).all():
-        raise RealizationError(f"{name} must be finite, got nan or inf")
     matrix.flags.writeable = False
     return matrix
 
