@@ -40,6 +40,7 @@ VERBS = {
     "eval mad": Verb("bmojo.cli.eval_mad", "A task of MAD at baseline and harder settings."),
     "eval needle": Verb("bmojo.cli.eval_needle", "A fact hidden in real text, by length and depth."),
     "eval length": Verb("bmojo.cli.eval_length", "What a model still does on texts longer than it was trained on."),
+    "diagnose": Verb("bmojo.cli.diagnose", "Are a trained model's errors white, or which memory does it lack?"),
     "sweep": Verb("bmojo.cli.sweep", "Train models over a grid of settings on a synthetic task.", resumes=True),
     "generate": Verb("bmojo.cli.generate", "Text from a trained model, as it is made."),
     "remember": Verb("bmojo.cli.remember", "Text into a store, for a model to find again.", resumes=True),
