@@ -18,11 +18,14 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from bmojo.errors import RealizationError
+
+if TYPE_CHECKING:
+    from bmojo.nn.mixer import Mixer
 
 MAX_CONDITION = 1e8
 Array = np.ndarray
@@ -137,6 +140,15 @@ class LTI:
         y = np.moveaxis(x @ self.C.T + w @ self.D.T, 0, 1)
         return y[0] if batch is None else y
 
+    def respond(self, u: Array) -> Array:
+        """y [..., T, p] of this system where its input is u [..., T, m] in place of noise, from the state 0."""
+        u = numbers("the input", u)
+        if u.ndim < 2 or u.shape[-1] != self.B.shape[1]:
+            raise RealizationError(f"an input must be [..., T, {self.B.shape[1]}], got {list(u.shape)}")
+        steps = np.moveaxis(u, -2, 0)
+        x = _run(self.A, steps @ self.B.T, np.zeros((*u.shape[:-2], self.A.shape[0])))
+        return np.moveaxis(x @ self.C.T + steps @ self.D.T, 0, -2)
+
     # prediction
     def innovations(self) -> Innovations:
         """K, R_e, P_ of the innovations form; `LTI.from_innovations(A, K, C, R_e)` has the covariances L of this one.
@@ -173,6 +185,11 @@ class LTI:
         log_det = np.append(log_dets, np.full(y.shape[-2] - last - 1, log_dets[-1]))
         nats = 0.5 * (np.square(white).sum(-1) + log_det + y.shape[-1] * np.log(2 * np.pi))
         return Filtered(predictions, innovations, np.stack(covariances), nats / np.log(2))
+
+    def predictor(self) -> LTI:
+        """The steady Kalman filter as a system from y to its predictions: (A - K C, K, C, 0)."""
+        K, _, _ = self.innovations()
+        return LTI(self.A - K @ self.C, K, self.C, np.zeros((len(self.C), len(self.C))))
 
     def excess(self, model: LTI) -> float:
         """What predicting this process by the steady filter of `model` costs: log det of the covariance of its one-step
@@ -409,6 +426,12 @@ class LTI:
         Cb = self.C @ self.stationary @ self.A.T + self.D @ self.B.T
         return LTI(self.A.T, np.linalg.solve(T.T, E.T), Cb, self.C @ T @ E.T + self.D @ F.T)
 
+    def to_layer(self, *, window: int | None = None, tolerance: float = 1e-9, hidden_size: int | None = None) -> Mixer:
+        """A layer that is this system from input to output: `bmojo.realize.layer.to_layer`."""
+        from bmojo.realize.layer import to_layer  # needs torch
+
+        return to_layer(self, window=window, tolerance=tolerance, hidden_size=hidden_size)
+
     def _stable(self) -> LTI:
         if self.radius >= 1:
             raise RealizationError(
@@ -421,10 +444,11 @@ class LTI:
 def numbers(name: str, value: Any) -> Array:
     """`value` as a float64 array of its own; refused unless real and finite."""
     try:
-        if np.iscomplexobj(value):
-            raise TypeError("it is complex")
-        array = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        array = np.asarray(value)
+        if np.iscomplexobj(array):
+            raise TypeError("they are complex")
+        array = array.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: of tensors that have a gradient
         raise RealizationError(f"{name} must be real numbers: {error}") from error
     if not np.isfinite(array).all():
         raise RealizationError(f"{name} must be finite, got nan or inf")
