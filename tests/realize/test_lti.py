@@ -87,6 +87,38 @@ def test_the_filter_settles_at_the_steady_state(m):
 
 
 @given(systems())
+def test_the_state_splits_past_and_future(m):
+    """Given x(t) they are uncorrelated: Cov(future, past) = Cov(future, x) P^-1 Cov(x, past)."""
+    T = 4
+    L, G = m.covariances(2 * T)
+    powers = [np.linalg.matrix_power(m.A, j) for j in range(T)]
+    both = np.block([[L[i + j + 1] for j in range(T)] for i in range(T)])  # y(t+i) and y(t-1-j)
+    future = np.concatenate([m.C @ power @ m.stationary for power in powers])
+    past = np.concatenate([power @ G for power in powers], 1)
+    close(future @ np.linalg.solve(m.stationary, past), both, 8)
+
+
+@given(systems(), st.sampled_from([1e-3, 0.1, 1.0]))
+def test_diffusions_reverse_by_the_gradient_of_the_log_density(m, step):
+    """dx = F x dt + g dw backwards has the drift F x - g g' grad log p, with grad log p = -P^-1 x. Samples of it
+    at intervals of `step` are a system whose backward model, in the coordinates of x, is that drift's flow."""
+    from scipy.linalg import expm, solve_continuous_lyapunov
+
+    n = m.sizes[0]
+    F, g = m.A - np.eye(n), m.B  # stable, as A is
+    P = solve_continuous_lyapunov(F, -g @ g.T)
+    drift = F + g @ g.T @ np.linalg.inv(P)
+    close(drift, -P @ F.T @ np.linalg.inv(P), 7)
+    A = expm(F * step)
+    noise = P - A @ P @ A.T
+    values, vectors = np.linalg.eigh(noise)
+    sampled = LTI(A, vectors * np.sqrt(np.maximum(values, 0)), np.eye(n), np.zeros((n, n)))
+    close(sampled.stationary, P, 6)
+    in_x = P @ sampled.reverse().A @ np.linalg.inv(P)
+    close(in_x, expm(-drift * step), 6)
+
+
+@given(systems())
 def test_backward_model(m):
     P, n = m.stationary, m.sizes[0]
     L, G = m.covariances(6)
