@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,7 +96,7 @@ def decompress(
         if made["name"] == "ctw":
             coder: Coder = ByteCTW(made["depth"], made["prior"])
         elif model is None:
-            raise CompressionError(f"it was made by the model {made['fingerprint']}; give its folder: --model")
+            raise CompressionError(f"it was made by the model {made.get('fingerprint')}; give its folder: --model")
         else:
             coder = _trained(model, tokenizer, made["streams"], made["context"], made["computed"]["threads"])
         begin = time.perf_counter()
@@ -126,8 +127,11 @@ def _trained(
 
 
 def _require_free(out: Path, force: bool) -> None:
+    """Say now, not after the last byte, that the output can't be written."""
     if out.is_dir():
         raise BMojoError(f"{out} is a folder; name a file to write: --out")
+    if not os.access(out.absolute().parent, os.W_OK | os.X_OK):
+        raise BMojoError(f"can't write to the folder of {out}: it is missing, or not yours; make it, or choose another")
     if out.exists() and not force:
         raise BMojoError(f"{out} is there already; overwrite it with --force, or name another file: --out")
 

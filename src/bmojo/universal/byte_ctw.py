@@ -65,7 +65,7 @@ class ByteCTW:
     def _run(
         self, values: NDArray[np.uint8], coder: Encoder | Decoder, encoding: bool, on_bytes: Callable[[int], Any]
     ) -> None:
-        if not HAS_NUMBA:
+        if not HAS_NUMBA and len(values) > _PIECE:
             warnings.warn("CTW is 100 times slower without numba: pip install 'bmojo[universal]'", stacklevel=4)
         size = next((size for size in _SIZES if size >= _NODES_A_BYTE * len(values)), _SIZES[-1])
         table = np.zeros(size + _BUCKET - 1, _NODE)

@@ -114,8 +114,8 @@ def decompress(packed: bytes, coder: Coder, on_bytes: OnBytes = _untold) -> byte
 class LanguageModel:
     """A trained model as a coder of files: what it says of the next token is what the token is coded by.
 
-    tokenizer: of text; left out, bytes are tokens. What is not text of the tokenizer (bytes that are no UTF-8, lines that
-    it does not give back as they were) is coded by `ByteCTW`, with the lengths of the pieces.
+    tokenizer: of text; left out, bytes are tokens. What is not its text (bytes that are no UTF-8, and lines that it
+    does not give back as they were) is coded by `ByteCTW`, with the lengths of the pieces.
     The tokens are cut into up to `streams` streams of equal length that the model reads as one batch, a token of each
     at a time, each from an empty memory: many are fast, few cost fewer bytes. context: the memory is emptied after
     every so many tokens of a stream, too. threads: of torch, while it codes; left out, as many as it has.
