@@ -53,6 +53,8 @@ VERBS = {
     "texture synthesize": Verb("bmojo.cli.texture", "New frames of such a scene: as fast, slower, faster, backwards."),
     "convert": Verb("bmojo.cli.convert", "Models of Llama, Mistral, Qwen, Mamba-2 and others in, and back out."),
     "lower": Verb("bmojo.cli.lower", "A training or decode step as a program for XLA (Trainium)."),
+    "compress": Verb("bmojo.cli.compress", "A file in as few bytes as a model finds it probable."),
+    "decompress": Verb("bmojo.cli.compress", "The file that `bmojo compress` read, bit for bit."),
     "export": Verb("bmojo.cli.export", "A sharded checkpoint (FSDP) as a model folder."),
 }
 INTERRUPTED = 130
