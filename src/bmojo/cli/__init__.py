@@ -49,6 +49,8 @@ VERBS = {
     "store verify": Verb("bmojo.cli.store", "Read all of a store; repair what is damaged."),
     "store export": Verb("bmojo.cli.store", "The tokens of a store's blocks, with source and position, as JSON lines."),
     "store forget": Verb("bmojo.cli.store", "Hide all that a store has of a source."),
+    "texture fit": Verb("bmojo.cli.texture", "A moving scene (fire, water, leaves) as a linear system."),
+    "texture synthesize": Verb("bmojo.cli.texture", "New frames of such a scene: as fast, slower, faster, backwards."),
     "convert": Verb("bmojo.cli.convert", "Models of Llama, Mistral, Qwen, Mamba-2 and others in, and back out."),
     "lower": Verb("bmojo.cli.lower", "A training or decode step as a program for XLA (Trainium)."),
     "export": Verb("bmojo.cli.export", "A sharded checkpoint (FSDP) as a model folder."),

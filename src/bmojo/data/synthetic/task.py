@@ -81,6 +81,15 @@ def unasked(tokens: np.ndarray) -> Batch:
     return {"tokens": tokens, "labels": np.full_like(tokens, NO_ANSWER), "distance": np.zeros_like(tokens)}
 
 
+def next_symbols(symbols: np.ndarray, start: int) -> Batch:
+    """A batch that asks for every one of `symbols` [rows, length] behind those before it, the first behind the token
+    `start`; `distance` is that to the start, the number of tokens seen."""
+    labels = symbols.astype(np.int64)
+    tokens = np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], axis=1)
+    seen = np.arange(1, labels.shape[1] + 1)
+    return {"tokens": tokens, "labels": labels, "distance": np.broadcast_to(seen, labels.shape).copy()}
+
+
 def ask(batch: Batch, at: np.ndarray, answers: np.ndarray, facts: np.ndarray) -> None:
     """Ask in place: at the positions `at` [rows, n], for `answers` [rows, n] that stand at `facts` [rows, n]."""
     np.put_along_axis(batch["labels"], at, answers, 1)

@@ -1,0 +1,271 @@
+"""All programs to a depth, counted: what they print first, which loop, time out, or are cut off at the depth limit.
+
+Programs of equal futures are walked once: where no bracket is open, what a program does next depends only on its tape,
+and what it printed before matters only for how much room is left (`Machine.merged`). So a build goes by layers, one for
+each number of instructions drawn: a layer is a map from (merged state, output) to how many programs are there.
+
+`count_plainly` is that in plain Python for any machine; `count` is the same for BrainPhoque machines in numba, where all
+programs from one tape to the next merge are walked once, whatever the layer and the output, and in several threads.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bmojo.errors import UniversalError
+from bmojo.files import write_whole
+from bmojo.universal.machine import BrainPhoque, Machine
+
+Bits = np.ndarray  # uint64 by output: the integer with a leading one before the bits
+Progress = Callable[[int, int], None]  # the layers that are done, the nodes visited
+
+
+@dataclass
+class Counts:
+    """How many of the A^depth programs of length `depth`, uint64 by output as an integer with a leading one.
+
+    first [2^(n_bits+1)]: print it, or it and more. loops, timeouts [2^n_bits]: loop or time out having printed it and
+    no more. depth: run on at the depth limit with less than n_bits printed, counted apart, not as what is left.
+    """
+
+    first: Bits
+    loops: Bits
+    timeouts: Bits
+    depth: int = 0
+
+    @classmethod
+    def none(cls, n_bits: int) -> Counts:
+        return cls(np.zeros(2 << n_bits, np.uint64), np.zeros(1 << n_bits, np.uint64), np.zeros(1 << n_bits, np.uint64))
+
+
+def count_plainly(machine: Machine, n_bits: int, depth: int, steps: int) -> Counts:
+    """The counts of any machine, in plain Python: for small depths, and to test `count` by."""
+    counts = Counts.none(n_bits)
+    counts.first[1] = machine.size**depth
+    layer = Counter({(machine.merged(machine.start()), 1): 1})
+    for left in reversed(range(depth)):
+        unit = machine.size**left
+        deeper: Counter[tuple[Any, int]] = Counter()
+        for (state, output), programs in layer.items():
+            for instruction in machine.instructions:
+                room = n_bits + 1 - output.bit_length()
+                run = machine.run(machine.extend(state, instruction), steps, room)
+                reached = output
+                for bit in run.bits:
+                    reached = reached << 1 | bit
+                    counts.first[reached] += np.uint64(programs * unit)
+                if run.outcome == "request":
+                    deeper[machine.merged(run.state), reached] += programs
+                elif run.outcome == "loop":
+                    counts.loops[reached] += np.uint64(programs * unit)
+                elif run.outcome == "timeout":
+                    counts.timeouts[reached] += np.uint64(programs * unit)
+        layer = deeper
+    counts.depth = sum(layer.values())
+    return counts
+
+
+def count(
+    machine: BrainPhoque,
+    n_bits: int,
+    depth: int,
+    steps: int,
+    *,
+    checkpoint: Path | None = None,
+    processes: int = 2,
+    progress: Progress | None = None,
+) -> Counts:
+    """The counts of a BrainPhoque machine. With `checkpoint`, each finished layer is written there, and a build that
+    was interrupted goes on from it; UniversalError for a checkpoint of other settings."""
+    settings = {"machine": machine.identity, "n_bits": n_bits, "depth": depth, "steps": steps}
+    build = _Build(settings, n_bits, depth, machine.size)
+    if checkpoint is not None and checkpoint.exists():
+        build.restore(checkpoint)
+    with ThreadPoolExecutor(processes) as pool:
+        try:
+            while build.layer < depth:
+                build.next_layer(machine, steps, pool)
+                if checkpoint is not None:
+                    build.save(checkpoint)
+                if progress is not None:
+                    progress(build.layer, build.nodes)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return build.counts
+
+
+Counter64 = tuple[np.ndarray, np.ndarray]  # int64 keys, sorted, and uint64 counts
+
+
+@dataclass
+class _Expansion:
+    """What `program_tree.expand` counts from one tape: its four counters, keys sorted, and the nodes still open."""
+
+    counters: list[Counter64]
+    still_open: np.ndarray
+
+    def of(self, counter: int, drawn: int, shift: int) -> Counter64:
+        """The part of a counter with this many instructions drawn, its keys without them."""
+        keys, counts = self.counters[counter]
+        low, high = np.searchsorted(keys, [drawn << shift, (drawn + 1) << shift])
+        return keys[low:high] - (drawn << shift), counts[low:high]
+
+
+@dataclass
+class _Build:
+    """A build between two layers: what a checkpoint holds."""
+
+    settings: dict[str, Any]
+    n_bits: int
+    depth: int
+    size: int
+    layer: int = 0
+    nodes: int = 0
+    counts: Counts = field(init=False)
+    waiting: dict[int, list[Counter64]] = field(init=False)  # by layer: tape << (n_bits + 1) | output
+    expansions: dict[int, _Expansion] = field(default_factory=dict)  # by tape
+
+    def __post_init__(self) -> None:
+        self.counts = Counts.none(self.n_bits)
+        self.counts.first[1] = self.size**self.depth
+        self.waiting = {layer: [] for layer in range(self.depth + 1)}
+        self.waiting[0] = [(np.array([1]), np.array([1], np.uint64))]
+
+    def next_layer(self, machine: BrainPhoque, steps: int, pool: ThreadPoolExecutor) -> None:
+        from bmojo.universal import program_tree
+
+        left = self.depth - self.layer
+        over, shift = self.n_bits + 1, self.n_bits + 1 + machine.cells
+        keys, counts = _sum(self.waiting[self.layer])
+        tapes, begins = np.unique(keys >> over, return_index=True)
+        unknown = [int(tape) for tape in tapes if int(tape) not in self.expansions]
+        expansions, nodes = _expand(machine, unknown, left, steps, self.n_bits, pool)
+        joined: dict[int, list[Counter64]] = {drawn: [] for drawn in range(1, left + 1)}
+        for tape, begin, end in zip(tapes, begins, [*begins[1:], len(keys)], strict=True):
+            expansion = expansions.get(int(tape)) or self.expansions[int(tape)]
+            outputs, programs = keys[begin:end] & ((1 << over) - 1), counts[begin:end]
+            for drawn in range(1, left + 1):
+                scaled = programs * np.uint64(self.size ** (left - drawn))
+                for counter, most, table in (
+                    (0, self.n_bits, self.counts.first),
+                    (2, self.n_bits - 1, self.counts.loops),
+                    (3, self.n_bits - 1, self.counts.timeouts),
+                ):
+                    program_tree.spread(outputs, scaled, *expansion.of(counter, drawn, shift), most, table)
+                ended = program_tree.follow(outputs, programs, *expansion.of(1, drawn, shift), self.n_bits)
+                joined[drawn].append(ended)
+            lengths = np.frexp(outputs)[1] - 1
+            open_now = expansion.still_open[left].cumsum()  # by the most that may be printed
+            self.counts.depth += int((programs * open_now[self.n_bits - 1 - lengths]).sum())
+        for drawn, parts in joined.items():
+            self.waiting[self.layer + drawn].append(_sum(parts))
+        self.expansions |= expansions
+        self.nodes += nodes
+        self.waiting[self.layer] = []
+        self.layer += 1
+        if self.layer == self.depth:
+            self.counts.depth += int(_sum(self.waiting[self.depth])[1].sum())
+
+    def save(self, path: Path) -> None:
+        arrays: dict[str, Any] = {
+            "settings": json.dumps(self.settings),
+            "state": np.array([self.layer, self.nodes, self.counts.depth]),
+            "first": self.counts.first,
+            "loops": self.counts.loops,
+            "timeouts": self.counts.timeouts,
+        }
+        for layer, parts in self.waiting.items():
+            arrays[f"keys {layer}"], arrays[f"counts {layer}"] = _sum(parts)
+        for tape, expansion in self.expansions.items():
+            arrays[f"open {tape}"] = expansion.still_open
+            for number, (keys, counts) in enumerate(expansion.counters):
+                arrays[f"keys {tape} {number}"], arrays[f"counts {tape} {number}"] = keys, counts
+        write_arrays(path, arrays)
+
+    def restore(self, path: Path) -> None:
+        with read_arrays(path, "checkpoint", self.settings) as arrays:
+            self.layer, self.nodes, self.counts.depth = (int(value) for value in arrays["state"])
+            for name in ("first", "loops", "timeouts"):
+                setattr(self.counts, name, arrays[name])
+            self.waiting = {n: [(arrays[f"keys {n}"], arrays[f"counts {n}"])] for n in range(self.depth + 1)}
+            for name in arrays:
+                kind, *where = name.split()
+                if kind == "open":
+                    counters = [(arrays[f"keys {where[0]} {n}"], arrays[f"counts {where[0]} {n}"]) for n in range(4)]
+                    self.expansions[int(where[0])] = _Expansion(counters, arrays[name])
+
+
+def _expand(
+    machine: BrainPhoque, tapes: list[int], depth: int, steps: int, n_bits: int, pool: ThreadPoolExecutor
+) -> tuple[dict[int, _Expansion], int]:
+    """The expansions of these tapes, and how many nodes that took. Long ones are cut by their first instructions."""
+    from bmojo.universal import program_tree
+
+    ops, weights = program_tree.distinct(machine)
+    cut = min(max(depth - 8, 0), 4)
+
+    def walk(tape: int, depth: int, prefix: tuple[int, ...]) -> Any:
+        first = np.array(prefix, np.int64)
+        return program_tree.expand(tape, machine.cells, ops, weights, depth, steps, n_bits, first)
+
+    tasks = [(tape, cut, ()) for tape in tapes if cut]
+    tasks += [(tape, depth, prefix) for tape in tapes for prefix in itertools.product(range(len(ops)), repeat=cut)]
+    parts: dict[int, list[Any]] = {tape: [] for tape in tapes}
+    nodes = 0
+    for (tape, *_), (visited, counters, still_open) in zip(tasks, pool.map(walk, *zip(*tasks, strict=True)), strict=True):
+        nodes += visited
+        parts[tape].append((counters, np.pad(still_open, ((0, depth + 1 - len(still_open)), (0, 0)))))
+    return {
+        tape: _Expansion([_sum(same) for same in zip(*(part[0] for part in found), strict=True)], sum(part[1] for part in found))
+        for tape, found in parts.items()
+    }, nodes
+
+
+def _sum(parts: list[Counter64] | tuple[Counter64, ...]) -> Counter64:
+    """One counter with the sums of several, its keys sorted."""
+    if not parts:
+        return np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    keys, counts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    order = np.argsort(keys, kind="stable")
+    keys, counts = keys[order], counts[order]
+    begins = np.flatnonzero(np.diff(keys, prepend=-1))
+    return (keys[begins], np.add.reduceat(counts, begins)) if len(keys) else (keys, counts)
+
+
+def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """An .npz, written whole or not at all; the same arrays give the same bytes."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_whole(path, buffer.getvalue())
+
+
+@contextmanager
+def read_arrays(path: Path, kind: str, expected: dict[str, Any]) -> Iterator[Any]:
+    """The arrays of an .npz; UniversalError if it is no such file or was made with other than the `expected` settings."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            settings = json.loads(str(arrays["settings"]))
+            other = [f"{name} {settings.get(name)!r} there, {value!r} asked for" for name, value in expected.items() if settings.get(name) != value]
+            if other:
+                raise UniversalError(
+                    f"{path} is a {kind} of other settings: {'; '.join(other)}; ask for what it holds, or take another path"
+                )
+            yield arrays
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError, TypeError) as error:
+        if isinstance(error, UniversalError):
+            raise
+        raise UniversalError(f"{path} is no {kind} of bmojo, or is damaged ({error}); make it again") from error
