@@ -64,13 +64,19 @@ def test_an_exact_predictor_is_white_no_more_often_rejected_than_it_should_be():
 
 def test_the_failing_lag_is_the_one_that_is_forgotten():
     """A predictor with a window of 16 of a source that repeats what was 19 before."""
-    tokens = copying(19, 0.2, 6, 8000, np.random.default_rng(0))
-    found = diagnose.diagnose(reading_of(tokens, np.full((8000, 6), 1 / 6)), bands((1, 4, 16, 64)))
-    assert found.failing == [19, 38]  # e_{t-38} is in e_{t-19}
-    assert failing(found.own_past, found) == failing(found.text, found) == [(17, 64)]
-    low, high = found.text[3].ci95
-    assert low < 0.2**2 < high  # e_t = 0.2 e_{t-19} + noise
-    assert found.lag_shares[found.lags.index(19)] == pytest.approx(0.2**2, rel=0.2)
+    random, runs = np.random.default_rng(0), 20
+    others, inside, shares = 0, 0, []
+    for run in range(runs):
+        tokens = copying(19, 0.2, 6, 8000, random)
+        found = diagnose.diagnose(reading_of(tokens, np.full((8000, 6), 1 / 6)), bands((1, 4, 16, 64)), seed=run)
+        assert 19 in found.failing
+        assert found.text[3].fails
+        assert found.own_past[3].fails
+        shares.append(found.text[3].share)
+        others += bool(set(found.failing) - {19, 38})  # e_{t-38} is in e_{t-19}
+        inside += len(failing(found.text, found)) > 1
+    assert max(others, inside) <= binom.ppf(0.999, runs, 0.05)
+    assert 0.75 * 0.2**2 < np.mean(shares) < 0.2**2  # e_t = 0.2 e_{t-19} + noise, less what fitting costs
 
 
 def test_text_tells_where_memory_ends_and_past_errors_do_not():

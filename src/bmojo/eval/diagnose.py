@@ -71,7 +71,8 @@ class Reading:
 class Probe:
     """What one band of lags explains of the errors of the held-out half.
 
-    share   of their variance (of the squared length of e_t), with its 95 % interval; below 0 if it explains nothing
+    share   of their variance (of the squared length of e_t), with its 95 % interval: of the probe as it was fitted, so
+            no more than there is; below 0 if it explains nothing
     p       of the hypothesis that it explains nothing
     fails   whether that falls, after Holm's correction for all bands
     """
