@@ -4,7 +4,7 @@ Programs of equal futures are walked once: where no bracket is open, what a prog
 and what it printed before matters only for how much room is left (`Machine.merged`). So a build goes by layers, one for
 each number of instructions drawn: a layer is a map from (merged state, output) to how many programs are there.
 
-`layered` is that in plain Python for any machine; `compiled` is the same for BrainPhoque machines in numba, where all
+`count_plainly` is that in plain Python for any machine; `count` is the same for BrainPhoque machines in numba, where all
 programs from one tape to the next merge are walked once, whatever the layer and the output, and in several threads.
 """
 
@@ -51,8 +51,8 @@ class Counts:
         return cls(np.zeros(2 << n_bits, np.uint64), np.zeros(1 << n_bits, np.uint64), np.zeros(1 << n_bits, np.uint64))
 
 
-def layered(machine: Machine, n_bits: int, depth: int, steps: int) -> Counts:
-    """The counts of any machine, in plain Python: for small depths, and to test `compiled` by."""
+def count_plainly(machine: Machine, n_bits: int, depth: int, steps: int) -> Counts:
+    """The counts of any machine, in plain Python: for small depths, and to test `count` by."""
     counts = Counts.none(n_bits)
     counts.first[1] = machine.size**depth
     layer = Counter({(machine.merged(machine.start()), 1): 1})
@@ -78,7 +78,7 @@ def layered(machine: Machine, n_bits: int, depth: int, steps: int) -> Counts:
     return counts
 
 
-def compiled(
+def count(
     machine: BrainPhoque,
     n_bits: int,
     depth: int,

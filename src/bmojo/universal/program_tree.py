@@ -233,3 +233,92 @@ def follow(outputs, counts, keys, key_counts, n_bits):
                 key = (tape << over) | output
                 joined, joined_n, used = _count(joined, joined_n, used, key, counts[i] * key_counts[j])
     return _counted(joined, joined_n)
+
+
+@njit(cache=True, nogil=True)
+def dovetail(cells, ops, weights, costs, gains, steps, data, table):
+    """Every program whose first l instructions bring it to a new bit within steps[l] steps, for l below len(steps).
+
+    data [n] is what they must print, with ANY where either bit will do. table [2^(n+1)] or [1]: where a program first
+    prints an output after t steps, gains[i] * weight is added, i the least with 2^i >= costs[l] * t; none with [1].
+
+    Returns the program that prints all of the data at the least costs[l] * t, the shortest of these, the first of
+    those in the order of `ops`: its instructions and steps (no instructions if there is none); nodes and steps.
+    """
+    most, n_bits = len(steps) - 1, len(data)
+    best, best_cost, best_steps = np.zeros(0, np.int64), np.int64(0), 0
+    nodes, spent = 0, 0
+    code, jump, stack = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.int64)
+    path = np.empty(most, np.int64)
+    tapes, outputs, lengths = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.int64)
+    tops, weight, choice = np.empty(most, np.int64), np.empty(most, np.float64), np.empty(most, np.int64)
+    times, links, closes = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.int64)
+    level = 0 if most else -1
+    if most:
+        tapes[0], outputs[0], lengths[0], tops[0], weight[0], choice[0], times[0] = 0, 1, 0, 0, 1.0, 0, 0
+    while level >= 0:
+        if choice[level] == len(ops):
+            if level > 0:
+                _undo(jump, stack, links[level], closes[level], tops[level - 1])
+            level -= 1
+            continue
+        which = choice[level]
+        choice[level] += 1
+        by = weight[level] * weights[which]
+        tape, output, length, before = tapes[level], outputs[level], lengths[level], times[level]
+        path[level] = which
+        top, closed = _extend(code, jump, stack, ops[which], level, tops[level], tape)
+        nodes += 1
+        at, taken, link, event = level, 0, UNSET, PRINTED
+        while event == PRINTED:
+            event, at, top, tape, taken, link = _run(
+                code, jump, stack, level + 1, at, top, tape, cells, taken, steps[level + 1] - before
+            )
+            if event == PRINTED:
+                bit = tape & 1
+                if data[length] != ANY and data[length] != bit:
+                    event = FULL
+                    break
+                length += 1
+                if len(table) > 1:
+                    output = (output << 1) | bit
+                    phase = 0
+                    while (np.int64(1) << phase) < costs[level + 1] * (before + taken):
+                        phase += 1
+                    table[output] += gains[phase] * by / costs[level + 1]
+                if length == n_bits:
+                    event = FULL
+                    cost = costs[level + 1] * (before + taken)
+                    if best_cost == 0 or cost < best_cost or (cost == best_cost and level + 1 < len(best)):
+                        best, best_cost, best_steps = path[: level + 1].copy(), cost, before + taken
+        spent += taken
+        if event == REQUEST and level + 1 < most and before + taken < steps[level + 2]:
+            level += 1
+            tapes[level], outputs[level], lengths[level], times[level] = tape, output, length, before + taken
+            tops[level], weight[level], choice[level] = top, by, 0
+            links[level], closes[level] = link, closed
+            continue
+        _undo(jump, stack, link, closed, tops[level])
+    return best, best_steps, nodes, spent
+
+
+@njit(cache=True, nogil=True)
+def outputs(programs, cells, steps, n_bits):
+    """What programs [rows, D] of instructions print: bits uint8 [rows, n_bits], 0 behind the end; how many, [rows]."""
+    rows, depth = programs.shape
+    bits, lengths = np.zeros((rows, n_bits), np.uint8), np.zeros(rows, np.int64)
+    code, jump, stack = np.empty(depth, np.int64), np.empty(depth, np.int64), np.empty(depth, np.int64)
+    for row in range(rows):
+        tape, top, size, event = np.int64(0), 0, 0, REQUEST
+        while event == REQUEST and size < depth:
+            top, _ = _extend(code, jump, stack, programs[row, size], size, top, tape)
+            at, taken, event = size, 0, PRINTED
+            size += 1
+            while event == PRINTED:
+                event, at, top, tape, taken, _ = _run(code, jump, stack, size, at, top, tape, cells, taken, steps)
+                if event == PRINTED:
+                    bits[row, lengths[row]] = tape & 1
+                    lengths[row] += 1
+                    if lengths[row] == n_bits:
+                        event = FULL
+    return bits, lengths

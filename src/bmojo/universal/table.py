@@ -12,7 +12,6 @@ Source: Solomonoff 1964 and 1978; the lazy programs, Grau-Moya et al. 2024, arXi
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +22,8 @@ import numpy as np
 
 from bmojo.errors import UniversalError
 from bmojo.files import optional_module
-from bmojo.universal.enumeration import Counts, Progress, compiled, layered, read_arrays, write_arrays
+from bmojo.universal.compiled import HAS_NUMBA
+from bmojo.universal.enumeration import Counts, Progress, count, count_plainly, read_arrays, write_arrays
 from bmojo.universal.machine import BrainPhoque, Machine, get_machine
 
 FORMAT = 1
@@ -31,6 +31,14 @@ MOST_BITS = 24
 PLAIN_DEPTH = 6  # to which depth plain Python is an answer where numba is missing
 
 String = str | np.ndarray | list[int] | tuple[int, ...]
+
+
+def bits_of(x: String) -> str:
+    """A string of bits, given as text or as numbers; UniversalError for anything else."""
+    bits = "".join(map(str, x))
+    if set(bits) - {"0", "1"}:
+        raise UniversalError(f"a string must be of bits, 0 and 1, got {bits!r}")
+    return bits
 
 
 class Conditional(NamedTuple):
@@ -89,12 +97,12 @@ class SolomonoffTable:
                 f"depth must be at most {most} with {machine.size} instructions: counts are integers below 2^63, "
                 f"and {machine.size}^{depth} = {machine.size**depth:,}"
             )
-        if isinstance(machine, BrainPhoque) and (importlib.util.find_spec("numba") or depth > PLAIN_DEPTH):
+        if isinstance(machine, BrainPhoque) and (HAS_NUMBA or depth > PLAIN_DEPTH):
             optional_module("numba", f"a table of depth above {PLAIN_DEPTH}", "universal")
             path = None if checkpoint is None else Path(checkpoint)
-            counts = compiled(machine, n_bits, depth, steps, checkpoint=path, processes=processes, progress=progress)
+            counts = count(machine, n_bits, depth, steps, checkpoint=path, processes=processes, progress=progress)
         else:
-            counts = layered(machine, n_bits, depth, steps)
+            counts = count_plainly(machine, n_bits, depth, steps)
         return cls(machine.name, machine.identity, machine.size, n_bits, depth, steps, counts)
 
     def save(self, path: str | Path) -> None:
@@ -130,9 +138,7 @@ class SolomonoffTable:
 
     def _index(self, x: String, most: int) -> int:
         """The integer of a string with a leading one."""
-        bits = "".join(str(int(bit)) if not isinstance(bit, str) else bit for bit in x)
-        if set(bits) - {"0", "1"}:
-            raise UniversalError(f"a string is of bits 0 and 1, got {bits!r}")
+        bits = bits_of(x)
         if len(bits) > most:
             raise UniversalError(f"the table of {self.n_bits} bits answers for up to {most} bits here, got {len(bits)}")
         return int("1" + bits, 2)
