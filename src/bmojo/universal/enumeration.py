@@ -4,8 +4,8 @@ Programs of equal futures are walked once: where no bracket is open, what a prog
 and what it printed before matters only for how much room is left (`Machine.merged`). So a build goes by layers, one for
 each number of instructions drawn: a layer is a map from (merged state, output) to how many programs are there.
 
-`count_plainly` is that in plain Python for any machine; `count` is the same for BrainPhoque machines in numba, where all
-programs from one tape to the next merge are walked once, whatever the layer and the output, and in several threads.
+`count_plainly` is that in plain Python for any machine; `count` is the same for BrainPhoque machines in numba, where
+all programs from a tape to the next merge are walked once, whatever the layer and the output, and in several threads.
 """
 
 from __future__ import annotations
@@ -113,16 +113,17 @@ Counter64 = tuple[np.ndarray, np.ndarray]  # int64 keys, sorted, and uint64 coun
 
 @dataclass
 class _Expansion:
-    """What `program_tree.expand` counts from one tape: its four counters, keys sorted, and the nodes still open."""
+    """What `program_tree.expand` counts from one tape: its counter, and the nodes with open brackets."""
 
-    counters: list[Counter64]
+    keys: np.ndarray
+    counts: np.ndarray
     still_open: np.ndarray
 
-    def of(self, counter: int, drawn: int, shift: int) -> Counter64:
-        """The part of a counter with this many instructions drawn, its keys without them."""
-        keys, counts = self.counters[counter]
-        low, high = np.searchsorted(keys, [drawn << shift, (drawn + 1) << shift])
-        return keys[low:high] - (drawn << shift), counts[low:high]
+    def of(self, what: int, drawn: int, shift: int) -> Counter64:
+        """What happened so after this many instructions, by tape and output."""
+        key = (what << 5 | drawn) << shift
+        low, high = np.searchsorted(self.keys, [key, key + (1 << shift)])
+        return self.keys[low:high] - key, self.counts[low:high]
 
 
 @dataclass
@@ -160,14 +161,14 @@ class _Build:
             outputs, programs = keys[begin:end] & ((1 << over) - 1), counts[begin:end]
             for drawn in range(1, left + 1):
                 scaled = programs * np.uint64(self.size ** (left - drawn))
-                for counter, most, table in (
-                    (0, self.n_bits, self.counts.first),
-                    (2, self.n_bits - 1, self.counts.loops),
-                    (3, self.n_bits - 1, self.counts.timeouts),
+                for what, most, table in (
+                    (program_tree.FIRST, self.n_bits, self.counts.first),
+                    (program_tree.LOOPED, self.n_bits - 1, self.counts.loops),
+                    (program_tree.LATE, self.n_bits - 1, self.counts.timeouts),
                 ):
-                    program_tree.spread(outputs, scaled, *expansion.of(counter, drawn, shift), most, table)
-                ended = program_tree.follow(outputs, programs, *expansion.of(1, drawn, shift), self.n_bits)
-                joined[drawn].append(ended)
+                    program_tree.spread(outputs, scaled, *expansion.of(what, drawn, shift), most, table)
+                ended = expansion.of(program_tree.ENDED, drawn, shift)
+                joined[drawn].append(program_tree.follow(outputs, programs, *ended, self.n_bits))
             lengths = np.frexp(outputs)[1] - 1
             open_now = expansion.still_open[left].cumsum()  # by the most that may be printed
             self.counts.depth += int((programs * open_now[self.n_bits - 1 - lengths]).sum())
@@ -192,8 +193,7 @@ class _Build:
             arrays[f"keys {layer}"], arrays[f"counts {layer}"] = _sum(parts)
         for tape, expansion in self.expansions.items():
             arrays[f"open {tape}"] = expansion.still_open
-            for number, (keys, counts) in enumerate(expansion.counters):
-                arrays[f"keys {tape} {number}"], arrays[f"counts {tape} {number}"] = keys, counts
+            arrays[f"keys of {tape}"], arrays[f"counts of {tape}"] = expansion.keys, expansion.counts
         write_arrays(path, arrays)
 
     def restore(self, path: Path) -> None:
@@ -202,11 +202,10 @@ class _Build:
             for name in ("first", "loops", "timeouts"):
                 setattr(self.counts, name, arrays[name])
             self.waiting = {n: [(arrays[f"keys {n}"], arrays[f"counts {n}"])] for n in range(self.depth + 1)}
-            for name in arrays:
-                kind, *where = name.split()
-                if kind == "open":
-                    counters = [(arrays[f"keys {where[0]} {n}"], arrays[f"counts {where[0]} {n}"]) for n in range(4)]
-                    self.expansions[int(where[0])] = _Expansion(counters, arrays[name])
+            for tape in [name.removeprefix("open ") for name in arrays if name.startswith("open ")]:
+                self.expansions[int(tape)] = _Expansion(
+                    arrays[f"keys of {tape}"], arrays[f"counts of {tape}"], arrays[f"open {tape}"]
+                )
 
 
 def _expand(
@@ -222,17 +221,24 @@ def _expand(
         first = np.array(prefix, np.int64)
         return program_tree.expand(tape, machine.cells, ops, weights, depth, steps, n_bits, first)
 
-    tasks = [(tape, cut, ()) for tape in tapes if cut]
-    tasks += [(tape, depth, prefix) for tape in tapes for prefix in itertools.product(range(len(ops)), repeat=cut)]
-    parts: dict[int, list[Any]] = {tape: [] for tape in tapes}
-    nodes = 0
-    for (tape, *_), (visited, counters, still_open) in zip(tasks, pool.map(walk, *zip(*tasks, strict=True)), strict=True):
-        nodes += visited
-        parts[tape].append((counters, np.pad(still_open, ((0, depth + 1 - len(still_open)), (0, 0)))))
-    return {
-        tape: _Expansion([_sum(same) for same in zip(*(part[0] for part in found), strict=True)], sum(part[1] for part in found))
-        for tape, found in parts.items()
-    }, nodes
+    prefixes = list(itertools.product(range(len(ops)), repeat=cut))
+    tasks = [(tape, depth, prefix) for tape in tapes for prefix in prefixes]
+    if cut:
+        tasks += [(tape, cut, ()) for tape in tapes]
+    parts: dict[int, list[_Expansion]] = {tape: [] for tape in tapes}
+    total = 0
+    for (tape, *_), found in zip(tasks, pool.map(walk, *zip(*tasks, strict=True)), strict=True):
+        keys, counts, still_open, nodes = found
+        parts[tape].append(_Expansion(keys, counts, still_open))
+        total += nodes
+    return {tape: _joined(found, depth) for tape, found in parts.items()}, total
+
+
+def _joined(parts: list[_Expansion], depth: int) -> _Expansion:
+    still_open = np.zeros((depth + 1, parts[0].still_open.shape[1]), np.uint64)
+    for part in parts:
+        still_open[: len(part.still_open)] += part.still_open
+    return _Expansion(*_sum([(part.keys, part.counts) for part in parts]), still_open)
 
 
 def _sum(parts: list[Counter64] | tuple[Counter64, ...]) -> Counter64:
@@ -255,11 +261,15 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 @contextmanager
 def read_arrays(path: Path, kind: str, expected: dict[str, Any]) -> Iterator[Any]:
-    """The arrays of an .npz; UniversalError if it is no such file or was made with other than the `expected` settings."""
+    """The arrays of an .npz; UniversalError if it is no such file or was made with other settings than `expected`."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             settings = json.loads(str(arrays["settings"]))
-            other = [f"{name} {settings.get(name)!r} there, {value!r} asked for" for name, value in expected.items() if settings.get(name) != value]
+            other = [
+                f"{name} {settings.get(name)!r} there, {value!r} asked for"
+                for name, value in expected.items()
+                if settings.get(name) != value
+            ]
             if other:
                 raise UniversalError(
                     f"{path} is a {kind} of other settings: {'; '.join(other)}; ask for what it holds, or take another path"

@@ -27,7 +27,7 @@ from bmojo.universal.enumeration import Counts, Progress, count, count_plainly, 
 from bmojo.universal.machine import BrainPhoque, Machine, get_machine
 
 FORMAT = 1
-MOST_BITS = 24
+MOST_BITS = 20  # 20 + 1 bits of output, 32 of tape, 5 + 2 of the rest are a key
 PLAIN_DEPTH = 6  # to which depth plain Python is an answer where numba is missing
 
 String = str | np.ndarray | list[int] | tuple[int, ...]
@@ -121,14 +121,16 @@ class SolomonoffTable:
 
     @classmethod
     def load(cls, path: str | Path, **expected: Any) -> SolomonoffTable:
-        """A saved table; UniversalError if it is damaged, or its machine, n_bits, depth or steps is not as `expected`."""
+        """A saved table; UniversalError if it is damaged or its machine, n_bits, depth or steps are not as `expected`."""
         with read_arrays(Path(path), "table", {"format": FORMAT, **expected}) as arrays:
             settings = json.loads(str(arrays["settings"]))
             counts = Counts(arrays["first"], arrays["loops"], arrays["timeouts"], int(arrays["depth"]))
         del settings["format"]
         table = cls(**settings, counts=counts)
         if sum(table.mass().values()) != table.total:
-            raise UniversalError(f"{path} is a damaged table: its mass is {sum(table.mass().values())} of {table.total}")
+            raise UniversalError(
+                f"{path} is a damaged table: its mass is {sum(table.mass().values())} of {table.total}"
+            )
         return table
 
     @property
