@@ -25,6 +25,8 @@ SMALL = {
     "induction": {"length": 33},
     "drift": {"length": 128, "keys": 4, "hazard": 0.4},
     "universal": {"length": 64},
+    "markov_tree": {"length": 64, "depth": 4},
+    "linear_gaussian": {"length": 24},
 }
 LOOKUPS = {
     "needle": rb"\nThe number of (\w{6}) is #(\d+)\.\n",
