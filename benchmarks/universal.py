@@ -16,7 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +33,34 @@ from bmojo.config import ModelConfig
 from bmojo.data.synthetic import EVALUATION, Task, make_task, task_record
 from bmojo.data.synthetic.linear_gaussian import LinearGaussian
 from bmojo.data.synthetic.markov_tree import MarkovTree
+from bmojo.figures import draw, make_picture, new_figure, token_axis, write_pictures
 from bmojo.files import write_whole
 from bmojo.nn.count import parameters
 from bmojo.nn.model import BMojoLM
+from bmojo.sweep.report import T95
+from bmojo.tables import Cell, Column, Table, markdown
 from bmojo.train import TrainSettings, train
 from bmojo.train.machine import machine
 from bmojo.train.tasks import task_rows
-from bmojo.universal.gap import Gap, InContext, ctw_gap, kalman_gap
+from bmojo.universal.autoregression import AR
+from bmojo.universal.ctw import CTW
+from bmojo.universal.gap import Gap, InContext, Uniform, ctw_gap, kalman_gap, solomonoff_gap
+from bmojo.universal.kt import KT
+from bmojo.universal.table import SolomonoffTable
 
-SEQUENCES = (128, 512)  # each of a source of its own, to score a model on: while it is trained, and at the end
+SEQUENCES = {"curve": 128, "final": 512}  # each of a source of its own, that a model is scored on
+DEPTH, STEPS, BITS = 13, 1024, 16  # of the table, and of the programs that models are trained on
 
 
 @dataclass(frozen=True)
 class Source:
-    """A task, the tokens of a step, and the window (also chunk, fading span and number of slots) of its models."""
+    """A task, the rows of a step, and the window of its models: also their chunk, fading span and number of slots."""
 
+    title: str
     task: Task
     batch_size: int
     window: int
+    reference: str
 
     def config(self, model: str) -> ModelConfig:
         changes: dict[str, Any] = {"window": self.window, "chunk_size": self.window}
@@ -58,29 +73,55 @@ class Source:
             ssm_head_dim=16, ssm_state_size=16, **changes,
         )  # fmt: skip
 
-    def gaps(self, model: BMojoLM, sequences: int) -> dict[str, Gap]:
-        """The gap to each reference of this source."""
+    def gap(self, predictor: Any, work: Path, sequences: int) -> Gap:
         if isinstance(self.task, MarkovTree):
-            return ctw_gap(InContext(model), self.task, EVALUATION, sequences)._asdict()
-        assert isinstance(self.task, LinearGaussian)
-        bins = self.task.bins
-        return {"kalman": kalman_gap(InContext(model, range(bins), bins), self.task, EVALUATION, sequences)}
+            return ctw_gap(predictor, self.task, EVALUATION, sequences, self.task.depth).ctw
+        if isinstance(self.task, LinearGaussian):
+            return kalman_gap(predictor, self.task, EVALUATION, sequences)
+        return solomonoff_gap(predictor, table(work))
+
+    def in_context(self, model: BMojoLM) -> InContext:
+        start = self.task.vocab_size - 1
+        return InContext(model, range(start), start)
+
+    def references(self, sequences: int) -> dict[str, Any]:
+        """Predictors to set beside the models."""
+        if not isinstance(self.task, LinearGaussian):
+            return {"uniform": Uniform(), "KT": KT(), "CTW-4": CTW(4), "CTW-8": CTW(8)}
+        still = self.task.probabilities(np.zeros(1), np.ones(1))
+        from_bins = self.task.predictions(EVALUATION, sequences, quantised=True)
+        return {
+            "marginal": Given(lambda x: np.broadcast_to(still, (*x.shape, still.shape[-1]))),
+            "AR": AR(self.task.edges, self.task.centres),
+            "Kalman, bins": Given(lambda x: self.task.probabilities(*from_bins)),  # type: ignore[attr-defined]
+        }
+
+
+@dataclass(frozen=True)
+class Given:
+    """A predictor made of a function."""
+
+    distribution: Callable[[np.ndarray], np.ndarray]
 
 
 SOURCES = {
-    "markov_tree": Source(make_task("markov_tree", length=256, depth=10), batch_size=16, window=32),
-    "linear_gaussian": Source(make_task("linear_gaussian", length=128), batch_size=32, window=16),
+    "universal": Source(
+        "random programs", make_task("universal", length=BITS, depth=DEPTH, time_limit=STEPS), 256, 4, "the table"
+    ),
+    "markov_tree": Source("context trees", make_task("markov_tree", length=256, depth=10), 16, 32, "CTW"),
+    "linear_gaussian": Source(
+        "linear-Gaussian systems", make_task("linear_gaussian", length=128), 32, 16, "the Kalman filter"
+    ),
 }
 
 
-def score(gaps: dict[str, Gap], whole: bool) -> dict[str, Any]:
-    """What is kept of gaps: totals, and if `whole` those of each position and of each source."""
-    kept = {}
-    for name, gap in gaps.items():
-        kept[name] = {"total": gap.total, "ci95": gap.total_ci95, "entropy": gap.entropy}
-        if whole:
-            kept[name] |= {key: np.round(getattr(gap, key), 5).tolist() for key in ("positions", "totals")}
-    return kept
+@cache
+def table(work: Path) -> SolomonoffTable:
+    path = work / "table.npz"
+    if not path.exists():
+        checkpoint = work / "table-checkpoint.npz"
+        SolomonoffTable.build(n_bits=BITS, depth=DEPTH, steps=STEPS, checkpoint=checkpoint).save(path)
+    return SolomonoffTable.load(path, n_bits=BITS, depth=DEPTH, steps=STEPS)
 
 
 def run(source: str, name: str, seed: int, options: argparse.Namespace) -> None:
@@ -96,28 +137,146 @@ def run(source: str, name: str, seed: int, options: argparse.Namespace) -> None:
     torch.manual_seed(seed)
     model = BMojoLM(config)
 
-    def on_step(step: int, loss: float) -> None:
-        """Score at powers of two and at the end; a step that was scored before a stop is not scored again."""
-        at = folder / "scores" / f"{step}.json"
-        last = step == settings.steps
-        if ((step & (step - 1) == 0 and step >= 32) or last) and not at.exists():
-            scores = score(spec.gaps(model, SEQUENCES[last]), whole=last)
-            write_whole(at, json.dumps({"step": step, "sequences": step * spec.batch_size, **scores}).encode())
-            print(
-                source, name, seed, step, {key: round(value["total"], 3) for key, value in scores.items()}, flush=True
-            )
+    def score(kind: str) -> dict[str, Any]:
+        gap = spec.gap(spec.in_context(model), options.work, SEQUENCES[kind])
+        return {"total": gap.total, "positions": gap.positions.tolist(), "totals": gap.totals.tolist()}
 
-    # every seed has data of its own
+    def on_step(step: int, loss: float) -> None:
+        """Score at powers of two; what was scored before a stop is not scored again."""
+        at = folder / "curve" / f"{step}.json"
+        if step & (step - 1) == 0 and step >= 32 and not at.exists():
+            total = score("curve")["total"]
+            write_whole(at, json.dumps({"sequences": step * spec.batch_size, "total": total}).encode())
+            print(source, name, seed, step, round(total, 3), flush=True)
+
+    # every seed has data of its own, and none has those that are scored
     task = make_task(**{**task_record(spec.task), "seed": seed + 1})
     record = train(model, task_rows([task], spec.batch_size), settings, folder, on_step=on_step, tensorboard=False)
-    scores = sorted(
-        (json.loads(path.read_text()) for path in (folder / "scores").glob("*.json")), key=lambda s: s["step"]
+    curve = sorted(
+        (json.loads(at.read_text()) for at in (folder / "curve").glob("*.json")), key=itemgetter("sequences")
     )
     report = {
         "source": source, "model": name, "seed": seed, "parameters": parameters(config), "config": config.to_dict(),
-        "settings": settings.to_dict(), "seconds": record.seconds, "machine": machine(), "scores": scores,
+        "settings": settings.to_dict(), "seconds": record.seconds, "machine": machine(), "curve": curve,
+        "final": score("final"),
     }  # fmt: skip
     write_whole(folder / "scores.json", (json.dumps(report) + "\n").encode())
+
+
+def report(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write OUT/results.json, table.md and figures of all runs that are finished."""
+    sources = [name for name in SOURCES if any(run["source"] == name for run in runs)]
+    references = {}
+    for name in sources:
+        spec, sequences = SOURCES[name], SEQUENCES["final"]
+        gaps = {of: spec.gap(it, options.work, sequences) for of, it in spec.references(sequences).items()}
+        references[name] = {of: {"total": gap.total, "positions": gap.positions} for of, gap in gaps.items()}
+    of_source = {name: [run for run in runs if run["source"] == name] for name in sources}
+    columns = []
+    for name in sources:
+        cells = {model: mean([run["final"] for run in found]) for model, found in by_model(of_source[name]).items()}
+        best = {of: (gap["total"], 0.0) for of, gap in references[name].items()}
+        texts = {
+            model: Cell(value, f"{value:.3f}" + (f" ± {half:.3f}" if half else ""), value - half, value + half)
+            for model, (value, half) in {**cells, **best}.items()
+        }
+        columns.append(Column(name, (f"{SOURCES[name].title}, bits over", SOURCES[name].reference), texts, None))
+    rows = [*presets.COMPARED, *dict.fromkeys(of for name in sources for of in references[name])]
+    table = markdown(Table(rows, columns))
+    pairs = {name: paired(of_source[name], "bmojo", "bmojo_f") for name in sources}
+    kept = [{key: value for key, value in run.items() if key != "config"} for run in runs]
+    for run in kept:
+        final = run["final"]
+        final["positions"] = np.round(final["positions"], 5).tolist()
+        del final["totals"]
+    results = {
+        "command": "python benchmarks/universal.py " + shlex.join(sys.argv[1:]), "sequences": SEQUENCES,
+        "tasks": {name: task_record(SOURCES[name].task) for name in sources},
+        "references": {name: {of: gap["total"] for of, gap in references[name].items()} for name in sources},
+        "bmojo less bmojo_f": pairs, "runs": kept,
+    }  # fmt: skip
+    write_whole(options.out / "results.json", (json.dumps(results) + "\n").encode())
+    write_whole(
+        options.out / "table.md", f"# Bits more than the best predictor needs, a sequence\n\n{table}\n".encode()
+    )
+    write_pictures(options.out / "figures", [by_context(of_source, references), by_training(of_source, references)])
+    print(table, json.dumps(pairs, indent=1), sep="\n\n")
+
+
+def by_model(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {name: found for name in presets.COMPARED if (found := [run for run in runs if run["model"] == name])}
+
+
+def mean(finals: list[dict[str, Any]]) -> tuple[float, float]:
+    """Mean and half of the 95 % interval: over the seeds, or, if there is but one, over the sources."""
+    totals = np.array([final["total"] for final in finals])
+    if len(totals) > 1:
+        return float(totals.mean()), float(T95[len(totals) - 2] * totals.std(ddof=1) / np.sqrt(len(totals)))
+    of_sources = np.array(finals[0]["totals"])
+    return float(totals[0]), half_width(of_sources)
+
+
+def half_width(values: np.ndarray) -> float:
+    return 0.0 if len(values) == 1 else float(1.96 * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def paired(runs: list[dict[str, Any]], one: str, other: str) -> list[dict[str, float]]:
+    """By seed: the gap of a model less that of another on the same sources, with half of its 95 % interval."""
+    totals = {(run["model"], run["seed"]): np.array(run["final"]["totals"]) for run in runs}
+    seeds = sorted(
+        {seed for model, seed in totals if model == one} & {seed for model, seed in totals if model == other}
+    )
+    apart = {seed: totals[one, seed] - totals[other, seed] for seed in seeds}
+    return [{"seed": seed, "bits": float(d.mean()), "ci95": half_width(d)} for seed, d in apart.items()]
+
+
+LINES = {
+    "uniform": ":",
+    "marginal": ":",
+    "KT": "-.",
+    "AR": "-.",
+    "CTW-4": "--",
+    "Kalman, bins": "--",
+    "CTW-8": (0, (5, 4)),
+}
+
+
+def by_context(runs: dict[str, list], references: dict[str, dict]) -> Any:
+    """The gap at each position, the mean in windows that grow with it."""
+    figure, axes = new_figure(len(runs), columns=3)
+    for axis, name in zip(axes, runs, strict=True):
+        length = SOURCES[name].task.length
+        ends = np.unique(np.round(2 ** np.arange(0, np.log2(length) + 0.01, 0.5)).astype(int))
+
+        def points(positions: Any, ends: np.ndarray = ends) -> list[tuple[float, float]]:
+            starts = [0, *ends[:-1]]
+            return [(end, float(np.mean(positions[start:end]))) for start, end in zip(starts, ends, strict=True)]
+
+        for of, gap in references[name].items():
+            if max(gap["positions"]) > 0:
+                axis.plot(*zip(*points(gap["positions"]), strict=True), color="#999999", linestyle=LINES[of], label=of)
+        for model, found in by_model(runs[name]).items():
+            draw(axis, model, points(np.mean([run["final"]["positions"] for run in found], axis=0)), markersize=3.5)
+        axis.set_title(SOURCES[name].title, fontsize=10)
+        axis.set_yscale("log")
+        token_axis(axis, "symbols of context")
+        axis.set_ylabel(f"bits a symbol over {SOURCES[name].reference}", fontsize=9)
+    return make_picture(figure, axes, "context", "Gap against context length.")
+
+
+def by_training(runs: dict[str, list], references: dict[str, dict]) -> Any:
+    figure, axes = new_figure(len(runs), columns=3)
+    for axis, name in zip(axes, runs, strict=True):
+        for model, found in by_model(runs[name]).items():
+            steps = zip(*(run["curve"] for run in found), strict=True)
+            draw(axis, model, [(at[0]["sequences"], np.mean([a["total"] for a in at])) for at in steps], markersize=3.5)
+        for of, gap in references[name].items():
+            axis.axhline(gap["total"], color="#999999", linestyle=LINES[of], label=of)
+        axis.set_title(SOURCES[name].title, fontsize=10)
+        axis.set_yscale("log")
+        token_axis(axis, "training sequences")
+        axis.set_ylabel(f"bits a sequence over {SOURCES[name].reference}", fontsize=9)
+    return make_picture(figure, axes, "training", "Gap against training size.")
 
 
 def main() -> None:
@@ -135,6 +294,7 @@ def main() -> None:
         for source in options.sources:
             for name in options.models:
                 run(source, name, seed, options)
+    report([json.loads(path.read_text()) for path in sorted(options.work.glob("*/*/scores.json"))], options)
 
 
 if __name__ == "__main__":
