@@ -30,7 +30,7 @@ def diagnose(
         str | None,
         typer.Option(help="Where bands of lags end; 1,4,16,64,256,1024,4096 as far as the text goes if left out."),
     ] = None,
-    channels: Annotated[int, typer.Option(min=1, max=64, help="Numbers that a token's error is projected to.")] = 16,
+    channels: Annotated[int, typer.Option(min=1, max=64, help="Numbers that a token's error is projected to.")] = 8,
     features: Annotated[
         str, typer.Option(help="What a token is: its 'embedding' in the model, or 'one-hot' (of a small vocabulary).")
     ] = "embedding",

@@ -48,9 +48,10 @@ ROWS = 8192  # whose regressors are held at once
 PICKED = 8  # single lags of a band that a probe looks at, beside the mean over all of it
 ALIKE = (2, 4, 8)  # tokens before a repeat
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)  # of ridge, in units of the regressors' variance
+RAREST = 0.01  # of the largest regressor: what is smaller, as of repeats that hardly occur, is held to more
 BLOCKS = 100  # of the held-out half, drawn again for its intervals
 LEAST = 1024  # tokens; too few for any test below
-CHANNELS = 16
+CHANNELS = 8
 
 Floats = NDArray[np.float64]
 Band = tuple[int, int]  # first and last lag
@@ -448,7 +449,8 @@ class _Moments:
 def _ridge(fitted: _Moments, chosen: _Moments, columns: NDArray[np.int64]) -> Floats:
     """Weights [columns, channels] fitted to both, with the penalty that is best on `chosen` for those of `fitted`."""
     square = np.ix_(columns, columns)
-    scale = np.sqrt(np.maximum(np.diag(fitted.xx)[columns] / fitted.rows, 1e-300))
+    scale = np.sqrt(np.diag(fitted.xx)[columns] / fitted.rows)
+    scale = np.maximum(scale, RAREST * scale.max()) if scale.any() else np.ones(len(columns))
 
     def solutions(xx: Floats, xe: Floats, rows: int, penalties: Sequence[float]) -> Iterator[Floats]:
         values, axes = np.linalg.eigh(xx[square] / np.outer(scale, scale) / rows)
