@@ -75,7 +75,7 @@ class Probe:
     share   of their variance (of the squared length of e_t), with its 95 % interval: of the probe as it was fitted, so
             no more than there is; below 0 if it explains nothing
     p       of the hypothesis that it explains nothing
-    fails   whether that falls, after Holm's correction for all bands
+    fails   whether that falls, after Holm's correction for all bands, and the share is above 0
     """
 
     share: float
@@ -327,8 +327,8 @@ def _probe(reading: Reading, regressors: _Regressors, seed: int, level: float) -
         score = products.sum() / max(np.sqrt((products**2).sum()), np.finfo(float).tiny)
         found.append((float(gains.sum() / power.sum()), ci95, float(ndtr(-score))))
     p = np.array([p for *_, p in found])
-    fails = [*rejected(p[:-1], level), p[-1] <= level]
-    return [Probe(*probe, bool(fail)) for probe, fail in zip(found, fails, strict=True)]
+    falls = [*rejected(p[:-1], level), p[-1] <= level]
+    return [Probe(*probe, bool(fall and probe[0] > 0)) for probe, fall in zip(found, falls, strict=True)]
 
 
 def _strengths(errors: Floats, past: Floats, last: int) -> Floats:
