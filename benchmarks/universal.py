@@ -1,7 +1,7 @@
 """The family of `bmojo compare` at 100k parameters each against the best predictors there are.
 
-    python benchmarks/universal.py --out docs/results/universal --work runs/universal
-        [--sources markov_tree ...] [--models bmojo ...] [--seeds 0 1 2] [--steps 512] [--learning-rate 4e-3] [--train-only]
+    python benchmarks/universal.py --out docs/results/universal --work runs/universal [--sources markov_tree ...]
+        [--models bmojo ...] [--seeds 0 1 2] [--steps 512] [--learning-rate 4e-3] [--train-only]
 
 Trains each model on fresh sequences of each source, scores it at powers of two of steps, and writes the report of all
 that is finished under `--work`. What is finished is not done again, and what was stopped goes on.
@@ -230,15 +230,13 @@ def paired(runs: list[dict[str, Any]], one: str, other: str) -> list[dict[str, f
     return [{"seed": seed, "bits": float(d.mean()), "ci95": half_width(d)} for seed, d in apart.items()]
 
 
-LINES = {
-    "uniform": ":",
-    "marginal": ":",
-    "KT": "-.",
-    "AR": "-.",
-    "CTW-4": "--",
-    "Kalman, bins": "--",
-    "CTW-8": (0, (5, 4)),
-}
+LINES: dict[str, dict[str, Any]] = {
+    of: {"color": colour, "linestyle": style, "linewidth": 1.2, "zorder": 1}
+    for of, colour, style in (
+        ("uniform", "#bbbbbb", ":"), ("marginal", "#555555", ":"), ("KT", "#999999", "-."), ("AR", "#555555", "-."),
+        ("CTW-4", "#999999", "--"), ("CTW-8", "#bbbbbb", "-"), ("Kalman, bins", "#555555", "--"),
+    )
+}  # fmt: skip
 
 
 def by_context(runs: dict[str, list], references: dict[str, dict]) -> Any:
@@ -254,12 +252,14 @@ def by_context(runs: dict[str, list], references: dict[str, dict]) -> Any:
 
         for of, gap in references[name].items():
             if max(gap["positions"]) > 0:
-                axis.plot(*zip(*points(gap["positions"]), strict=True), color="#999999", linestyle=LINES[of], label=of)
+                axis.plot(*zip(*points(gap["positions"]), strict=True), label=of, **LINES[of])
         for model, found in by_model(runs[name]).items():
             draw(axis, model, points(np.mean([run["final"]["positions"] for run in found], axis=0)), markersize=3.5)
         axis.set_title(SOURCES[name].title, fontsize=10)
-        axis.set_yscale("log")
-        token_axis(axis, "symbols of context")
+        most = max(max(gap["positions"]) for gap in references[name].values())
+        axis.set_yscale("log", nonpositive="mask")
+        axis.set_ylim(most / 1000, 1.5 * most)
+        token_axis(axis, "place in the sequence")
         axis.set_ylabel(f"bits a symbol over {SOURCES[name].reference}", fontsize=9)
     return make_picture(figure, axes, "context", "Gap against context length.")
 
@@ -271,9 +271,11 @@ def by_training(runs: dict[str, list], references: dict[str, dict]) -> Any:
             steps = zip(*(run["curve"] for run in found), strict=True)
             draw(axis, model, [(at[0]["sequences"], np.mean([a["total"] for a in at])) for at in steps], markersize=3.5)
         for of, gap in references[name].items():
-            axis.axhline(gap["total"], color="#999999", linestyle=LINES[of], label=of)
+            axis.axhline(gap["total"], label=of, **LINES[of])
         axis.set_title(SOURCES[name].title, fontsize=10)
+        totals = [gap["total"] for gap in references[name].values()]
         axis.set_yscale("log")
+        axis.set_ylim(max(min(totals) / 1.5, max(totals) / 500), max(totals) * 1.5)
         token_axis(axis, "training sequences")
         axis.set_ylabel(f"bits a sequence over {SOURCES[name].reference}", fontsize=9)
     return make_picture(figure, axes, "training", "Gap against training size.")
