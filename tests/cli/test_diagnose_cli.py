@@ -82,6 +82,9 @@ def probes(fails, share=0.01):
         ((False, True), 4, "so it lacks memory, at lags 5 to 16: 2.000 % of their variance (95 % interval 0.000 to"),
         ((True, False), 4, "what came before them does not predict its errors"),
         ((True, False), 4, "so it lacks training or size, at lags 1 to 4: 1.000 %"),
+        ((True, True), 4, "so memory would help, at lags 5 to 16: 2.000 %"),
+        ((True, True), 4, "what it knows predicts its errors, so training or size would help, at lags 1 to 4"),
+        ((True, True), 9, "from the text before, its errors are predictable at lags 1 to 16, most at 5 to 16: 2.000 %"),
         ((True, True), None, "no lag is out of this model's reach"),
     ],
 )

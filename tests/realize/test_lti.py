@@ -199,6 +199,27 @@ def test_companion_form(m, output):
     assert_allclose(form.A[-1], -np.poly(m.A)[:0:-1], rtol=1e-5, atol=1e-7)
 
 
+def ringing(poles):
+    """One output that sees each of `poles`, and their conjugates, equally."""
+    blocks = [np.array([[z.real, z.imag], [-z.imag, z.real]]) for z in poles]
+    A = np.zeros((2 * len(blocks),) * 2)
+    for i, block in enumerate(blocks):
+        A[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = block
+    n = len(A)
+    return LTI(A, np.eye(n), np.tile([[1.0, 0.0]], len(blocks)), np.zeros((1, n)))
+
+
+def test_companion_form_of_many_poles():
+    """64 on a ring have a condition number of 4, 32 real ones of 1e14: refused."""
+    ring = ringing(np.exp(1j * np.pi * (np.arange(32) + 0.5) / 32) * 0.98)
+    close(ring.to_companion().impulse(70), ring.impulse(70), 10)
+    n = 32
+    real = LTI(np.diag(np.linspace(-0.95, 0.95, n)), np.eye(n), np.ones((1, n)), np.zeros((1, n)))
+    with pytest.raises(RealizationError, match=r"condition number \de\+1\d, above 1e\+08"):
+        real.to_companion()
+    close(real.to_modal().impulse(70), real.impulse(70))
+
+
 @given(systems(), st.integers(1, 7))
 def test_window_is_nilpotent(m, window):
     form = m.shift(window)

@@ -48,9 +48,10 @@ ROWS = 8192  # whose regressors are held at once
 PICKED = 8  # single lags of a band that a probe looks at, beside the mean over all of it
 ALIKE = (2, 4, 8)  # tokens before a repeat
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)  # of ridge, in units of the regressors' variance
+RAREST = 0.01  # of the largest regressor: what is smaller, as of repeats that hardly occur, is held to more
 BLOCKS = 100  # of the held-out half, drawn again for its intervals
 LEAST = 1024  # tokens; too few for any test below
-CHANNELS = 16
+CHANNELS = 8
 
 Floats = NDArray[np.float64]
 Band = tuple[int, int]  # first and last lag
@@ -74,7 +75,7 @@ class Probe:
     share   of their variance (of the squared length of e_t), with its 95 % interval: of the probe as it was fitted, so
             no more than there is; below 0 if it explains nothing
     p       of the hypothesis that it explains nothing
-    fails   whether that falls, after Holm's correction for all bands
+    fails   whether that falls, after Holm's correction for all bands, and the share is above 0
     """
 
     share: float
@@ -326,8 +327,8 @@ def _probe(reading: Reading, regressors: _Regressors, seed: int, level: float) -
         score = products.sum() / max(np.sqrt((products**2).sum()), np.finfo(float).tiny)
         found.append((float(gains.sum() / power.sum()), ci95, float(ndtr(-score))))
     p = np.array([p for *_, p in found])
-    fails = [*rejected(p[:-1], level), p[-1] <= level]
-    return [Probe(*probe, bool(fail)) for probe, fail in zip(found, fails, strict=True)]
+    falls = [*rejected(p[:-1], level), p[-1] <= level]
+    return [Probe(*probe, bool(fall and probe[0] > 0)) for probe, fall in zip(found, falls, strict=True)]
 
 
 def _strengths(errors: Floats, past: Floats, last: int) -> Floats:
@@ -448,7 +449,8 @@ class _Moments:
 def _ridge(fitted: _Moments, chosen: _Moments, columns: NDArray[np.int64]) -> Floats:
     """Weights [columns, channels] fitted to both, with the penalty that is best on `chosen` for those of `fitted`."""
     square = np.ix_(columns, columns)
-    scale = np.sqrt(np.maximum(np.diag(fitted.xx)[columns] / fitted.rows, 1e-300))
+    scale = np.sqrt(np.diag(fitted.xx)[columns] / fitted.rows)
+    scale = np.maximum(scale, RAREST * scale.max()) if scale.any() else np.ones(len(columns))
 
     def solutions(xx: Floats, xe: Floats, rows: int, penalties: Sequence[float]) -> Iterator[Floats]:
         values, axes = np.linalg.eigh(xx[square] / np.outer(scale, scale) / rows)

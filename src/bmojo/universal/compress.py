@@ -38,7 +38,7 @@ MAGIC, VERSION = b"bmz", 1
 STREAMS, SHORTEST = 64, 2048  # streams of a file at most, and tokens of one at least
 _FRAME = struct.Struct("<3sBI")
 _CRC = struct.Struct("<I")
-_PARTS = struct.Struct("<4I")  # of a model's code: tokens, pieces, bytes that are no text, and of the code of both
+_PARTS = struct.Struct("<4Q")  # of a model's code: tokens, pieces, bytes that are no text, and of the code of both
 _NO_TOKENS = np.zeros(0, np.int64)
 # bytes that are no UTF-8, and the text between them where it is short
 _NO_TEXT = re.compile("([\udc80-\udcff]+(?:[^\udc80-\udcff]{1,15}[\udc80-\udcff]+)*)")
@@ -157,6 +157,7 @@ class LanguageModel:
                 "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
                 "device": self.model.embed.weight.device.type,
                 "kernels": _has_kernels(),
+                "precision": torch.get_float32_matmul_precision(),
                 "threads": self.threads,
             },
         }
@@ -164,7 +165,7 @@ class LanguageModel:
     def encode(self, data: bytes, on_bytes: OnBytes = _untold) -> bytes:
         pieces = list(split(data, self.tokenizer))
         texts = [piece for piece in pieces if not isinstance(piece, bytes)]
-        lengths = np.array([-len(p) if isinstance(p, bytes) else len(p) for p in pieces], "<i4")
+        lengths = np.array([-len(p) if isinstance(p, bytes) else len(p) for p in pieces], "<i8")
         raw = b"".join(piece for piece in pieces if isinstance(piece, bytes))
         ids, beside, coder = np.concatenate([_NO_TOKENS, *texts]), ByteCTW().encode(lengths.tobytes() + raw), Encoder()
         self._run(ids, coder, lambda done: on_bytes(done * len(data) // len(ids)))
@@ -173,10 +174,10 @@ class LanguageModel:
     def decode(self, code: bytes, length: int, on_bytes: OnBytes = _untold) -> bytes:
         tokens, pieces, raw, size = _PARTS.unpack_from(code)
         start = _PARTS.size + size
-        beside, ids = ByteCTW().decode(code[_PARTS.size : start], 4 * pieces + raw), np.zeros(tokens, np.int64)
+        beside, ids = ByteCTW().decode(code[_PARTS.size : start], 8 * pieces + raw), np.zeros(tokens, np.int64)
         self._run(ids, Decoder(code[start:]), lambda done: on_bytes(done * length // tokens))
-        data, token, other = [], 0, 4 * pieces
-        for n in np.frombuffer(beside[: 4 * pieces], "<i4").tolist():
+        data, token, other = [], 0, 8 * pieces
+        for n in np.frombuffer(beside[: 8 * pieces], "<i8").tolist():
             data.append(to_bytes(ids[token : token + n], self.tokenizer) if n > 0 else beside[other : other - n])
             token, other = token + max(n, 0), other - min(n, 0)
         return b"".join(data)
