@@ -284,10 +284,10 @@ def read_arrays(path: Path, kind: str, expected: dict[str, Any]) -> Iterator[Any
             ]
             if other:
                 raise UniversalError(
-                    f"{path} is a {kind} of other settings: {'; '.join(other)}; ask for those, or take another path"
+                    f"{path} is a {kind} of other settings: {'; '.join(other)}; ask for those, take another path, or delete it"
                 )
             yield arrays
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError, TypeError) as error:
         if isinstance(error, UniversalError):
             raise
-        raise UniversalError(f"{path} is no {kind} of bmojo, or is damaged ({error}); make it again") from error
+        raise UniversalError(f"{path} is no {kind} of bmojo, or is damaged; delete it and make it again") from error
