@@ -283,8 +283,9 @@ def read_arrays(path: Path, kind: str, expected: dict[str, Any]) -> Iterator[Any
                 if settings.get(name) != value
             ]
             if other:
+                differ = "; ".join(other)
                 raise UniversalError(
-                    f"{path} is a {kind} of other settings: {'; '.join(other)}; ask for those, take another path, or delete it"
+                    f"{path} is a {kind} of other settings: {differ}; ask for those, take another path, or delete it"
                 )
             yield arrays
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError, TypeError) as error:
