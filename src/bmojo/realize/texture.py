@@ -29,6 +29,7 @@ from bmojo.realize.video import DEFAULT_FPS
 FORMAT = "bmojo.texture.1"
 MEMORY = 0.9999  # the largest gain a step: 1.4 % of a mode's deviation is new in each frame, if it is not more
 MAX_FRAMES = 100_000  # of one synthesis
+SLOWEST = 1e-6  # below, rounding changes the covariance
 ARRAYS = ("mean", "basis", "deviations", "transition")
 NUMBERS = ("fps", "noise_floor", "clip_frames", "least_squares_radius")
 
@@ -56,7 +57,7 @@ class DynamicTexture:
 
         A is the least-squares fit X_2 X_1^+ (`least_squares`, the exact DMD), in whitened coordinates, with singular
         values cut to MEMORY: the nearest A, in Frobenius norm there, of which the clip's own covariance P is the
-        stationary one. In short, only the direction in which the clip's end exceeds its beginning is changed. The
+        stationary one. At most one is above 1, as of P only the last frame is missing in X_1 X_1'. The
         least-squares A with Q of its residuals is often unstable, and has another P: see docs/textures.md.
         Raises DataError if this is no video or has fewer than states + 2 frames, RealizationError if nothing moves in
         it or it has fewer than that many independent frames.
@@ -160,8 +161,11 @@ class DynamicTexture:
         reverse model (Lindquist and Picci). A power that is no contraction, as of a few modes of noise when slowed
         down, is made one as in `fit`: then A^(1/2) twice is not all of A.
         """
-        if not math.isfinite(speed) or speed == 0:
-            raise RealizationError(f"speed must be a number other than 0 (0.5 is slower, -1 backwards), got {speed}")
+        if not SLOWEST <= abs(speed) < math.inf:
+            raise RealizationError(
+                f"speed must be a finite number, at least {SLOWEST:g} or at most -{SLOWEST:g} (0.5 is slower, -1 "
+                f"backwards), got {speed:g}"
+            )
         left, gains, right = np.linalg.svd(power(self.transition, abs(speed)))
         gains = np.minimum(gains, MEMORY ** abs(speed))
         C = np.zeros((self.states, len(gains)))
@@ -183,7 +187,8 @@ class DynamicTexture:
     def synthesize(self, frames: int, speed: float = 1.0, seed: int = 0) -> np.ndarray:
         """New frames [frames, H, W, C] in 0..1, from a stationary state: each `speed` frames of the clip on.
 
-        speed: 1 as in the clip, 0.5 half as fast, -1 backwards, any number but 0. Frames are without the noise w(t).
+        speed: 1 as in the clip, 0.5 half as fast, -1 backwards, any number not nearer to 0 than
+        1e-6. Frames are without the noise w(t).
         """
         return np.stack(list(self.stream(frames, speed, seed)))
 
