@@ -31,6 +31,7 @@ class Whiteness:
     """What `whiteness` found, at m lags of p channels. Sums run over the lags given, up to this one.
 
     each, each_p            [m]     statistic of one lag, and its p-value
+    each_mean               [m]     what the statistic of one lag is on average under the hypothesis
     total, total_df, total_p [m]    multivariate portmanteau; df and p are nan where no degree of freedom is left
     ljung_box, ljung_box_p  [m, p]  of each channel by itself
     failing                         lags that fail after the correction for their number
@@ -39,6 +40,7 @@ class Whiteness:
     lags: NDArray[np.int64]
     each: Floats
     each_p: Floats
+    each_mean: Floats
     total: Floats
     total_df: Floats
     total_p: Floats
@@ -99,7 +101,7 @@ def whiteness(
     df = channels**2 * np.arange(1.0, len(at) + 1) - fitted
     df[df <= 0] = np.nan
     if null == "table":
-        each_p = special.chdtrc(channels**2, each)
+        each_p, each_mean = special.chdtrc(channels**2, each), np.full(len(at), float(channels**2))
         total_p, box_p = special.chdtrc(df, total), special.chdtrc(df[:, None] / channels**2, summed)
     else:
         drawn = list(_draws(e, z, g, at, null, samples, np.random.default_rng(seed)))
@@ -109,10 +111,11 @@ def whiteness(
             mean, variance = draws.mean(0), draws.var(0, ddof=1)
             return special.gammaincc(mean**2 / variance, value * mean / variance)
 
-        each_p, total_p = tail(each, some_each), tail(total, some_each.cumsum(1))
+        each_p, each_mean = tail(each, some_each), some_each.mean(0)
+        total_p = tail(total, some_each.cumsum(1))
         box_p = tail(summed, some_box.cumsum(1))
     failing = tuple(int(lag) for lag in at[rejected(each_p, level, correction)])
-    return Whiteness(at, each, each_p, total, df, total_p, summed, box_p, failing)
+    return Whiteness(at, each, each_p, each_mean, total, df, total_p, summed, box_p, failing)
 
 
 def rejected(p: Floats, level: float = 0.05, correction: str = "holm") -> NDArray[np.bool_]:
@@ -172,12 +175,14 @@ def _draws(
 
 
 def _signed(z: Floats, lags: NDArray[np.int64], samples: int, random: np.random.Generator) -> Floats:
-    """[samples, m, p, p]: 1/T sum_t w_t z_t z_{t-k}' with random signs w_t, the same for all k."""
+    """[samples, m, p, p]: 1/T sum_t w_t z_t z_{t-k}' with random signs w_t, the same for all k. In float32, summed up
+    in float64: draws need no more."""
     count, channels = z.shape
+    z = z.astype(np.float32)
     r = np.zeros((samples, len(lags), channels**2))
     for start in range(0, count, AT_ONCE):
         stop = min(start + AT_ONCE, count)
-        signs = random.choice([-1.0, 1.0], (samples, stop - start))
+        signs = 2 * random.integers(0, 2, (samples, stop - start)).astype(np.float32) - 1
         for i, lag in enumerate(lags):
             first = max(start, int(lag))
             if first < stop:
