@@ -58,7 +58,7 @@ class DynamicTexture:
         A is the least-squares fit X_2 X_1^+ (`least_squares`, the exact DMD), in whitened coordinates, with singular
         values cut to MEMORY: the nearest A, in Frobenius norm there, of which the clip's own covariance P is the
         stationary one. At most one is above 1, as of P only the last frame is missing in X_1 X_1'. The
-        least-squares A with Q of its residuals is often unstable, and has another P: see docs/textures.md.
+        least-squares A with Q of its residuals can be unstable, and has another P: see docs/textures.md.
         Raises DataError if this is no video or has fewer than states + 2 frames, RealizationError if nothing moves in
         it or it has fewer than that many independent frames.
         """
