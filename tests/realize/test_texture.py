@@ -80,6 +80,18 @@ class TestFit:
         angles = np.angle(np.linalg.eigvals(texture.A)) / (2 * np.pi)
         assert np.sort(np.abs(angles)) == pytest.approx([1 / 12, 1 / 12, 1 / 7.3, 1 / 7.3], rel=2e-3)
 
+    @pytest.mark.parametrize(("frames", "size"), [(40, 8), (400, 8), (64, 8)])
+    def test_clips_of_more_frames_than_pixels(self, frames, size):
+        clip = wave(frames, size)
+        texture = DynamicTexture.fit(clip, 5)
+        basis = texture.basis.reshape(5, -1)
+        assert basis @ basis.T == pytest.approx(np.eye(5), abs=1e-12)
+        values = np.linalg.svd((clip - clip.mean(0)).reshape(frames, -1))[1]
+        assert texture.deviations == pytest.approx(values[:5] / math.sqrt(frames))
+        assert texture.noise_floor == pytest.approx(np.linalg.norm(values[5:]) / math.sqrt(clip.size))
+        x = texture.project(clip)
+        assert x.T @ x / frames == pytest.approx(texture.P, abs=1e-12)
+
     def test_its_stationary_covariance_is_the_clips(self, clip, texture):
         x = texture.project(clip)
         assert x.T @ x / len(x) == pytest.approx(texture.P, abs=1e-12)
@@ -274,8 +286,9 @@ class TestSynthesis:
 
 
 class TestFiles:
-    def test_saved_and_loaded(self, texture, tmp_path):
-        path = tmp_path / "wave.texture"
+    @pytest.mark.parametrize("clip", [wave(40, 32), wave(400, 8)])
+    def test_saved_and_loaded(self, clip, tmp_path):
+        path, texture = tmp_path / "wave.texture", DynamicTexture.fit(clip, 5)
         assert texture.save(path) == path.stat().st_size
         again = DynamicTexture.load(path)
         for name in ARRAYS:

@@ -77,8 +77,9 @@ class DynamicTexture:
             raise DataError(f"{states} states need at least {states + 2} frames, got {length}; {fewer}a longer clip")
         mean = video.mean(0)
         moving = (video - mean).reshape(length, -1)
-        values, vectors = np.linalg.eigh(moving @ moving.T)  # S^2 and V, 30 times as fast as the SVD of the clip
-        values, vectors = values[::-1], vectors[:, ::-1]
+        short = moving if length <= moving.shape[1] else moving.T
+        values, vectors = np.linalg.eigh(short @ short.T)  # S^2 and V (or U), 30 times as fast as the SVD of the clip
+        values, vectors = values[::-1], vectors[:, : -states - 1 : -1]
         if values[0] <= 1e-20 * video.size:
             raise RealizationError("nothing moves in this video: all its frames are the same; use another clip")
         rank = np.count_nonzero(values > 1e-12 * values[0])
@@ -87,14 +88,14 @@ class DynamicTexture:
                 f"only {rank} states can be told from this video: its frames are mixtures of {rank} images and the "
                 f"mean; use at most {rank} (--states), got {states}"
             )
-        turn, S, basis = np.linalg.svd(vectors[:, :states].T @ moving, full_matrices=False)
-        x = vectors[:, :states] @ turn * S
-        A = least_squares((x / S).T)
+        turn, S, right = np.linalg.svd(vectors.T @ short, full_matrices=False)
+        white, basis = (vectors @ turn, right) if short is moving else (right.T, (vectors @ turn).T)
+        A = least_squares(white.T)
         left, gains, right = np.linalg.svd(A)
-        unseen = sum(np.square(frame - state @ basis).sum() for frame, state in zip(moving, x, strict=True))
+        unseen = sum(np.square(frame - state @ basis).sum() for frame, state in zip(moving, white * S, strict=True))
         return cls(
             mean=mean,
-            basis=basis.reshape(states, *mean.shape),
+            basis=np.ascontiguousarray(basis).reshape(states, *mean.shape),
             deviations=S / math.sqrt(length),
             transition=(left * np.minimum(gains, MEMORY)) @ right,
             fps=fps,
