@@ -95,7 +95,7 @@ class DynamicTexture:
         unseen = sum(np.square(frame - state @ basis).sum() for frame, state in zip(moving, white * S, strict=True))
         return cls(
             mean=mean,
-            basis=np.ascontiguousarray(basis).reshape(states, *mean.shape),
+            basis=basis.reshape(states, *mean.shape),
             deviations=S / math.sqrt(length),
             transition=(left * np.minimum(gains, MEMORY)) @ right,
             fps=fps,
@@ -196,7 +196,8 @@ class DynamicTexture:
     def save(self, path: str | Path) -> int:
         """Writes one safetensors file, whole or not at all; returns its bytes."""
         about = {"format": FORMAT, **{name: json.dumps(getattr(self, name)) for name in NUMBERS}}
-        content = save({name: getattr(self, name) for name in ARRAYS}, metadata=about)
+        # safetensors reads the memory as it lies, whatever the strides
+        content = save({name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}, metadata=about)
         write_whole(Path(path), content)
         return len(content)
 
