@@ -51,6 +51,10 @@ class DynamicTexture:
     clip_frames: int
     least_squares_radius: float  # the spectral radius of A before it was made a contraction
 
+    def __post_init__(self) -> None:
+        for name in ARRAYS:  # safetensors writes memory as it lies, whatever the strides
+            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=np.float64))
+
     @classmethod
     def fit(cls, video: np.ndarray, states: int = 20, fps: float = DEFAULT_FPS) -> DynamicTexture:
         """The texture of a clip [T, H, W, 1 or 3], values in 0..1.
@@ -196,8 +200,7 @@ class DynamicTexture:
     def save(self, path: str | Path) -> int:
         """Writes one safetensors file, whole or not at all; returns its bytes."""
         about = {"format": FORMAT, **{name: json.dumps(getattr(self, name)) for name in NUMBERS}}
-        # safetensors reads the memory as it lies, whatever the strides
-        content = save({name: np.ascontiguousarray(getattr(self, name)) for name in ARRAYS}, metadata=about)
+        content = save({name: getattr(self, name) for name in ARRAYS}, metadata=about)
         write_whole(Path(path), content)
         return len(content)
 
