@@ -102,7 +102,7 @@ class InContext:
         with torch.no_grad():
             for rows in torch.from_numpy(tokens).split(self.batch):
                 answer = self.model(rows.to(device))
-                logits = getattr(answer, "logits", answer[0] if isinstance(answer, tuple) else answer)
+                logits: Any = answer[0] if isinstance(answer, tuple) else getattr(answer, "logits", answer)
                 parts.append(logits[..., torch.from_numpy(self.symbols).to(device)].double().softmax(-1).cpu().numpy())
         self.model.train(training)
         return np.concatenate(parts)
