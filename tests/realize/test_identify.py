@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -74,36 +72,33 @@ def test_excess_is_zero_of_the_process_itself_and_positive_of_others():
     np.testing.assert_allclose(truth.excess(white), expected, rtol=1e-9)
 
 
-def test_agrees_with_an_autoregression_of_statsmodels():
+def test_agrees_with_a_fitted_autoregression():
     """A vector autoregression of order 1 is a system of p states: both fits predict alike."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from statsmodels.tsa.api import VAR
     rng = np.random.default_rng(0)
     Phi = np.array([[0.7, 0.2], [-0.3, 0.5]])
     y = np.zeros((8000, 2))
     for t in range(1, 8000):
         y[t] = Phi @ y[t - 1] + rng.standard_normal(2)
-    theirs = VAR(y).fit(1, trend="c")
+    theirs = np.linalg.lstsq(y[:-1], y[1:], rcond=None)[0].T
+    errors = y[1:] - y[:-1] @ theirs.T
     mine = cva(y, 2, lags=2)
     K, R_e, _ = mine.innovations()
-    np.testing.assert_allclose(mine.C @ K, theirs.coefs[0], atol=4 / np.sqrt(8000))
-    np.testing.assert_allclose(R_e, theirs.sigma_u, atol=4 / np.sqrt(8000))
+    np.testing.assert_allclose(mine.C @ K, theirs, atol=4 / np.sqrt(8000))
+    np.testing.assert_allclose(R_e, np.cov(errors.T), atol=4 / np.sqrt(8000))
 
 
 @pytest.mark.slow
-def test_not_worse_than_n4sid():
-    """Over systems and seeds, at 20,000 samples: at most 0.01 in each, and on average no more than N4SID on the same
-    data, whichever of three numbers of block rows serves N4SID best."""
-    mine, theirs = [], []
-    for system in range(5):
-        truth = stable(system, 4, 3, 7, pairs=system % 3)
-        for seed in range(3):
+def test_not_above_n4sid():
+    """At 20,000 samples: at most 0.01 in every data set, and of every system, on average over the seeds, below N4SID on
+    the same data, whichever of three numbers of block rows serves it best in each."""
+    for system in range(4):
+        truth, mine, theirs = stable(system, 4, 3, 7, pairs=system % 3), [], []
+        for seed in range(5):
             y = truth.simulate(20_000, 1000 * system + seed)
             mine.append(truth.excess(cva(y, 4)))
-            theirs.append([predictor_excess(truth, *n4sid(y, 4, rows)) for rows in (6, 10, 15)])
-    assert max(mine) <= 0.01
-    assert np.mean(mine) <= np.mean(theirs, axis=0).min()
+            theirs.append(min(predictor_excess(truth, *n4sid(y, 4, rows)) for rows in (6, 10, 15)))
+        assert max(mine) <= 0.01
+        assert np.mean(mine) <= np.mean(theirs)
 
 
 NOISE = np.random.default_rng(0).standard_normal((500, 2))

@@ -87,6 +87,38 @@ def test_the_filter_settles_at_the_steady_state(m):
 
 
 @given(systems())
+def test_the_state_splits_past_and_future(m):
+    """Given x(t) they are uncorrelated: Cov(future, past) = Cov(future, x) P^-1 Cov(x, past)."""
+    T = 4
+    L, G = m.covariances(2 * T)
+    powers = [np.linalg.matrix_power(m.A, j) for j in range(T)]
+    both = np.block([[L[i + j + 1] for j in range(T)] for i in range(T)])  # y(t+i) and y(t-1-j)
+    future = np.concatenate([m.C @ power @ m.stationary for power in powers])
+    past = np.concatenate([power @ G for power in powers], 1)
+    close(future @ np.linalg.solve(m.stationary, past), both, 8)
+
+
+@given(systems(), st.sampled_from([1e-3, 0.1, 1.0]))
+def test_diffusions_reverse_by_the_gradient_of_the_log_density(m, step):
+    """dx = F x dt + g dw backwards has the drift F x - g g' grad log p, with grad log p = -P^-1 x. Samples of it
+    at intervals of `step` are a system whose backward model, in the coordinates of x, is that drift's flow."""
+    from scipy.linalg import expm, solve_continuous_lyapunov
+
+    n = m.sizes[0]
+    F, g = m.A - np.eye(n), m.B  # stable, as A is
+    P = solve_continuous_lyapunov(F, -g @ g.T)
+    drift = F + g @ g.T @ np.linalg.inv(P)
+    close(drift, -P @ F.T @ np.linalg.inv(P), 7)
+    A = expm(F * step)
+    noise = P - A @ P @ A.T
+    values, vectors = np.linalg.eigh(noise)
+    sampled = LTI(A, vectors * np.sqrt(np.maximum(values, 0)), np.eye(n), np.zeros((n, n)))
+    close(sampled.stationary, P, 6)
+    in_x = P @ sampled.reverse().A @ np.linalg.inv(P)
+    close(in_x, expm(-drift * step), 6)
+
+
+@given(systems())
 def test_backward_model(m):
     P, n = m.stationary, m.sizes[0]
     L, G = m.covariances(6)
@@ -167,6 +199,27 @@ def test_companion_form(m, output):
     assert_allclose(form.A[-1], -np.poly(m.A)[:0:-1], rtol=1e-5, atol=1e-7)
 
 
+def ringing(poles):
+    """One output that sees each of `poles`, and their conjugates, equally."""
+    blocks = [np.array([[z.real, z.imag], [-z.imag, z.real]]) for z in poles]
+    A = np.zeros((2 * len(blocks),) * 2)
+    for i, block in enumerate(blocks):
+        A[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = block
+    n = len(A)
+    return LTI(A, np.eye(n), np.tile([[1.0, 0.0]], len(blocks)), np.zeros((1, n)))
+
+
+def test_companion_form_of_many_poles():
+    """64 on a ring have a condition number of 4, 32 real ones of 1e14: refused."""
+    ring = ringing(np.exp(1j * np.pi * (np.arange(32) + 0.5) / 32) * 0.98)
+    close(ring.to_companion().impulse(70), ring.impulse(70), 10)
+    n = 32
+    real = LTI(np.diag(np.linspace(-0.95, 0.95, n)), np.eye(n), np.ones((1, n)), np.zeros((1, n)))
+    with pytest.raises(RealizationError, match=r"condition number \de\+1\d, above 1e\+08"):
+        real.to_companion()
+    close(real.to_modal().impulse(70), real.impulse(70))
+
+
 @given(systems(), st.integers(1, 7))
 def test_window_is_nilpotent(m, window):
     form = m.shift(window)
@@ -189,39 +242,6 @@ def test_balanced_truncation_is_within_its_bound(m, data):
             gap += sign * (system.C @ np.linalg.solve(resolvent, system.B) + system.D)
         worst = max(worst, np.linalg.norm(gap, 2))
     assert worst <= bound * (1 + 1e-6) + 1e-9
-
-
-@given(systems(positive=True), st.sampled_from([1, 2, 3]))
-def test_whole_speeds_skip_samples(m, speed):
-    fast = m.resampled(speed)
-    L = m.covariances(3 * speed)[0]
-    close(fast.covariances(3)[0], L[::speed], 7)
-    close(fast.stationary, m.stationary, 7)
-
-
-@pytest.mark.parametrize("speed", [0.5, 0.25, 1.5])
-@pytest.mark.parametrize("seed", range(4))
-def test_fractions_of_a_sampled_diffusion(speed, seed):
-    """A process that is sampled from continuous time has samples between samples."""
-    rng = np.random.default_rng(seed)
-    damp, turn = rng.uniform(0.05, 0.3, 2), rng.uniform(0.1, 1, 2)
-    blocks = [np.exp(-d) * np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])
-              for d, a in zip(damp, turn, strict=True)]  # fmt: skip
-    T = rng.standard_normal((4, 4)) + 2 * np.eye(4)
-    A = T @ np.block([[blocks[0], np.zeros((2, 2))], [np.zeros((2, 2)), blocks[1]]]) @ np.linalg.inv(T)
-    P = T @ T.T  # in modal coordinates I, so the noise of every speed is positive
-    root = np.linalg.cholesky(P - A @ P @ A.T)
-    C = rng.standard_normal((2, 4))
-    m = LTI(A, np.concatenate((root, np.zeros((4, 2))), 1), C, np.concatenate((np.zeros((2, 4)), np.eye(2)), 1))
-    slow = m.resampled(speed)
-    close(slow.stationary, P, 8)
-    close(slow.resampled(1 / speed).A, m.A, 8)
-    whole = round(2 / speed) if speed < 1 else 2
-    L, fine = m.covariances(6)[0], slow.covariances(8)[0]
-    step = int(whole * speed)
-    close(fine[whole], L[step], 8)
-    back = m.resampled(-speed)
-    close(back.covariances(4)[0], slow.covariances(4)[0].transpose(0, 2, 1), 7)
 
 
 def test_agrees_with_control():
@@ -300,12 +320,13 @@ ONES = np.ones((1, 1))
         (lambda: stable(0, 30, 1, 2, positive=True).to_companion(), "above 1e\\+08"),
         (lambda: GOOD.to_companion(3), "output must be"),
         (lambda: GOOD.balanced(3), "r must be"),
+        (lambda: GOOD.simulate(0), "1 sample"),
+        (lambda: GOOD.simulate(5, start=np.zeros(3)), r"start must be \[2\]"),
+        (lambda: GOOD.respond(np.zeros((5, 3))), "an input must be"),
         (lambda: GOOD.shift(0), "window must be"),
         (lambda: GOOD.transform(np.diag([1, 1e-9])), "condition number 1e\\+09"),
         (lambda: GOOD.kalman(np.zeros((5, 2))), "a series must be"),
         (lambda: GOOD.kalman(np.full((5, 1), np.nan)), "must be finite"),
-        (lambda: GOOD.resampled(0), "speed must be"),
-        (lambda: LTI(-0.5 * ONES, ONES, ONES, 0 * ONES).resampled(0.5), "no real power"),
         (lambda: LTI(0.5 * ONES, ONES, np.ones((2, 1)), np.zeros((2, 1))).innovations(), "positive definite"),
         (lambda: LTI.from_innovations(0.5 * ONES, ONES, ONES, -ONES), "R_e"),
         (lambda: LTI(0 * ONES, -ONES, ONES, ONES).innovations(), "zero of modulus 0.9999999"),

@@ -229,7 +229,7 @@ class TestSpeed:
 class TestSynthesis:
     def test_long_syntheses_have_the_covariances_of_the_model(self):
         """Also of frames, and the time of the reversed one runs backwards."""
-        texture = DynamicTexture.fit(random_clip(2, states=4, frames=200, radius=0.9), 4)
+        texture = DynamicTexture.fit(random_clip(2, states=4, frames=200, radius=0.8), 4)
         scale = np.sqrt(np.outer(np.diag(texture.P), np.diag(texture.P)))
         for speed in (1, -1, 0.5, 2):
             x = texture.project(texture.synthesize(20_000, speed, seed=1))

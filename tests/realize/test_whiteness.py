@@ -10,6 +10,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.tsa.api import VAR
 
 from bmojo.errors import ConfigError, DataError
+from bmojo.realize import LTI, cva
 from bmojo.realize.whiteness import rejected, whiteness
 
 
@@ -199,3 +200,49 @@ def test_bad_errors_are_refused(change, message):
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         whiteness(**({"e": white(100, 2), "lags": 10} | change))
+
+
+SYSTEM = LTI.from_innovations(
+    np.array([[0.9, 0.3, 0.0], [-0.3, 0.8, 0.0], [0.0, 0.0, -0.6]]),
+    np.array([[0.5, 0.0], [0.2, 0.4], [0.0, 0.6]]),
+    np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 1.0]]),
+    np.array([[1.0, 0.3], [0.3, 0.5]]),
+)
+
+
+def test_innovations_of_the_true_kalman_filter_are_white_as_often_as_they_should_be():
+    runs = 200
+    e = SYSTEM.kalman(SYSTEM.simulate(500, batch=runs)).innovations
+    rejections = sum(whiteness(row, 10).total_p[-1] < 0.05 for row in e)
+    low, high = binom.ppf([0.0005, 0.9995], runs, 0.05)
+    assert low <= rejections <= high
+
+
+def test_residuals_of_an_identified_system_are_white_at_its_order_and_coloured_below():
+    """2 n p = 12 parameters were fitted."""
+    y = SYSTEM.simulate(20_000, seed=1)
+
+    def residuals(n):
+        return cva(y, n, lags=10).kalman(y - y.mean(0)).innovations
+
+    assert whiteness(residuals(3), 12, fitted=12).total_p[-1] > 0.01
+    below = whiteness(residuals(2), 12, fitted=8)
+    assert below.total_p[-1] < 1e-20
+    assert below.failing
+    assert whiteness(residuals(1), 12, fitted=4).total_p[-1] < 1e-60
+
+
+def test_parameters_fitted_to_few_samples_are_counted_by_a_refitted_bootstrap():
+    """Each draw simulates the model, identifies it again, and returns what is left."""
+    y = SYSTEM.simulate(400, seed=2)
+    model = cva(y, 3, lags=4)
+    mean = y.mean(0)
+
+    def again(random):
+        drawn = model.simulate(400, seed=int(random.integers(2**31)))
+        return cva(drawn, 3, lags=4).kalman(drawn - drawn.mean(0)).innovations
+
+    e = model.kalman(y - mean).innovations
+    assert whiteness(e, 6, fitted=12, null=again, samples=30).total_p[-1] > 0.05
+    short = cva(y, 1, lags=4).kalman(y - mean).innovations
+    assert whiteness(short, 6, fitted=12, null=again, samples=30).total_p[-1] < 1e-6

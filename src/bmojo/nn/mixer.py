@@ -40,6 +40,7 @@ from bmojo.memory.storage import Storage
 from bmojo.nn.admission import Admission, usage_loss
 from bmojo.nn.init import KeyConv, Linear, Output, RMSNorm
 from bmojo.nn.innovation import Innovation
+from bmojo.nn.linearize import linearize
 from bmojo.nn.ssm import Prediction, State, make_ssm
 from bmojo.ops.attention import attend, attend_rows
 from bmojo.ops.innovation import rls_start
@@ -175,6 +176,18 @@ class Mixer(nn.Module):
         k, v = self._keys(shifted, x, table)
         o, part = self._step_attention(q, k, v, x, shifted, y, prediction, state, at, trace, storage)
         return self.o_proj(o.flatten(-2)), new | part
+
+    def linearize(self, state: State, x: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The Jacobians A, B, C, D, float64, of one step from the state of one row at the input x [hidden_size], or 0:
+
+            d state(t+1) = A d state(t) + B d x(t),   d o(t) = C d state(t) + D d x(t)
+
+        State coordinates are the numbers of ssm, ssm_conv, conv, k, v, fading_k, fading_v, slot_k, slot_v, those that
+        the layer has, in this order, rings newest entry first: the window is a shift. What chooses the tokens of the
+        slots has no derivative and is held as it is. `bmojo.realize.LTI(*A_B_C_D)` takes it on.
+        Raises StateError for several rows, a layer that reads the whole past, or a state of more than 4096 numbers.
+        """
+        return linearize(self, state, x)
 
     @property
     def _predicts(self) -> bool:

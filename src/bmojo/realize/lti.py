@@ -18,11 +18,14 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from bmojo.errors import RealizationError
+
+if TYPE_CHECKING:
+    from bmojo.nn.mixer import Mixer
 
 MAX_CONDITION = 1e8
 Array = np.ndarray
@@ -126,16 +129,30 @@ class LTI:
 
     def simulate(self, n: int, seed: int = 0, *, batch: int | None = None, start: Array | None = None) -> Array:
         """y [n, p], or [batch, n, p] of independent series, from the state `start` [states], else a stationary one."""
+        series, states = 1 if batch is None else batch, self.A.shape[0]
+        if n < 1 or series < 1:
+            raise RealizationError(f"a simulation must be of 1 sample and 1 series or more, got {n} and {series}")
         rng = np.random.default_rng(seed)
-        series = 1 if batch is None else batch
         if start is None:
-            x = rng.standard_normal((series, self.A.shape[0])) @ _root(self.stationary).T
+            x = rng.standard_normal((series, states)) @ _root(self.stationary).T
         else:
-            x = np.broadcast_to(np.asarray(start, float), (series, self.A.shape[0]))
+            x = numbers("start", start)
+            if x.shape != (states,):
+                raise RealizationError(f"start must be [{states}], the state, got {list(x.shape)}")
+            x = np.broadcast_to(x, (series, states))
         w = rng.standard_normal((n, series, self.B.shape[1]))
         x = _run(self.A, w @ self.B.T, x)
         y = np.moveaxis(x @ self.C.T + w @ self.D.T, 0, 1)
         return y[0] if batch is None else y
+
+    def respond(self, u: Array) -> Array:
+        """y [..., T, p] of this system where its input is u [..., T, m] in place of noise, from the state 0."""
+        u = numbers("the input", u)
+        if u.ndim < 2 or u.shape[-1] != self.B.shape[1]:
+            raise RealizationError(f"an input must be [..., T, {self.B.shape[1]}], got {list(u.shape)}")
+        steps = np.moveaxis(u, -2, 0)
+        x = _run(self.A, steps @ self.B.T, np.zeros((*u.shape[:-2], self.A.shape[0])))
+        return np.moveaxis(x @ self.C.T + steps @ self.D.T, 0, -2)
 
     # prediction
     def innovations(self) -> Innovations:
@@ -173,6 +190,11 @@ class LTI:
         log_det = np.append(log_dets, np.full(y.shape[-2] - last - 1, log_dets[-1]))
         nats = 0.5 * (np.square(white).sum(-1) + log_det + y.shape[-1] * np.log(2 * np.pi))
         return Filtered(predictions, innovations, np.stack(covariances), nats / np.log(2))
+
+    def predictor(self) -> LTI:
+        """The steady Kalman filter as a system from y to its predictions: (A - K C, K, C, 0)."""
+        K, _, _ = self.innovations()
+        return LTI(self.A - K @ self.C, K, self.C, np.zeros((len(self.C), len(self.C))))
 
     def excess(self, model: LTI) -> float:
         """What predicting this process by the steady filter of `model` costs: log det of the covariance of its one-step
@@ -242,36 +264,26 @@ class LTI:
     def whitened(self) -> LTI:
         """In coordinates where the stationary covariance is I: x = P^(1/2) z. Refused if uncontrollable, as far as
         cond(P^(1/2)) above 1e8."""
-        return self.transform(np.linalg.inv(self._deviations()))
-
-    def _deviations(self) -> Array:
-        """P^(1/2), symmetric; refused if near singular."""
         values, vectors = np.linalg.eigh(self.stationary)
-        roots = np.sqrt(np.maximum(values, 0))
+        roots = np.sqrt(np.where(values > 1e-15 * values[-1], values, 0))  # below is rounding
         _well(roots.max(), roots.min(), "whitened coordinates", "the system is uncontrollable: P is singular")
-        return (vectors * roots) @ vectors.T
+        return self.transform((vectors / roots) @ vectors.T)
 
     def to_modal(self) -> LTI:
         """A block diagonal: [r] for a real pole, [[a, b], [-b, a]] for a pair a +- bi; largest pole first. Refused if
         the eigenvectors, of length 1, have condition number above 1e8: poles that coincide, or nearly."""
-        poles, V = self._modes()
-        return LTI(_block_diagonal(poles, poles), np.linalg.solve(V, self.B), self.C @ V, self.D)
-
-    def _modes(self) -> tuple[list[complex], Array]:
-        """The poles with one of each pair, largest first, and V [n, n], for which A V = V (their blocks)."""
         values, vectors = np.linalg.eig(self.A)
-        order = [i for i in np.argsort(-np.abs(values), kind="stable") if values[i].imag >= 0]
-        columns: list[Array] = []
-        for i in order:
-            v = vectors[:, i]
-            if values[i].imag == 0:
-                columns.append(v.real)
-            else:
+        A, V, i = np.zeros_like(self.A), np.empty_like(self.A), 0
+        for j in np.argsort(-np.abs(values), kind="stable"):
+            z, v = values[j], vectors[:, j]
+            if z.imag == 0:
+                A[i, i], V[:, i], i = z.real, v.real, i + 1
+            elif z.imag > 0:
                 v = v * np.exp(-0.5j * np.angle(v @ v))  # the phase in which the two columns are orthogonal
-                columns += [v.real, v.imag]
-        V = np.stack(columns, 1)
+                A[i : i + 2, i : i + 2] = [[z.real, z.imag], [-z.imag, z.real]]
+                V[:, i], V[:, i + 1], i = v.real, v.imag, i + 2
         _conditioned(V, "modal coordinates", "poles coincide, or nearly so; keep this form, or companion form")
-        return [complex(values[i]) for i in order], V
+        return LTI(A, np.linalg.solve(V, self.B), self.C @ V, self.D)
 
     def to_companion(self, output: int = 0) -> LTI:
         """A = shift + last row: ones above the diagonal and the last row -a, a the coefficients of A's characteristic
@@ -332,56 +344,6 @@ class LTI:
         to, back = (left @ U[:, :r] / scale).T, right @ V[:r].T / scale
         return LTI(to @ self.A @ back, to @ self.B, self.C @ back, self.D), float(2 * values[r:].sum())
 
-    def resampled(self, speed: float, *, fold: bool = False, tolerance: float = 1e-8) -> LTI:
-        """The process at `speed` steps a sample: A^speed, with noise such that the stationary P, L_0 and L_h = C A^(h
-        speed - 1) G are kept. Its h-th covariance is that of this one h * speed samples apart.
-
-        A^speed is by the real logarithm of the modal form (by products for whole numbers); the noise [x; y] then has
-        covariance [[P - A^s P A'^s, A^(s-1) B D'], [., D D']]. A negative speed is the backward model at -speed.
-        Refused if a pole is negative, which has no real logarithm (`fold=True` takes |pole|^speed for it: P is kept,
-        the signs of its covariances are not); if zero is a pole and B D' is not 0; and if the process has no samples
-        between samples: that covariance, where P = I and diag(L_0) = 1, has an eigenvalue below -tolerance. Above it
-        negative ones are set to 0, which adds as much to P.
-        """
-        if not np.isfinite(speed) or speed == 0:
-            raise RealizationError(f"speed must be a finite number other than 0, got {speed}")
-        if speed < 0:
-            return self.resampled(-speed, fold=fold, tolerance=tolerance).reverse()
-        n, _, p = self.sizes
-        P, cross = self.stationary, self.B @ self.D.T
-        A = self._power(speed, fold)
-        if cross.any():
-            cross = self._power(speed - 1, fold) @ cross
-        noise = np.block([[P - A @ P @ A.T, cross], [cross.T, self.D @ self.D.T]])
-        scale = np.zeros((n + p, n + p))
-        scale[:n, :n] = self._deviations()
-        outputs = np.sqrt(np.einsum("ij,jk,ik->i", self.C, P, self.C) + np.square(self.D).sum(1))
-        scale[range(n, n + p), range(n, n + p)] = np.where(outputs > 0, outputs, 1)
-        white = np.linalg.solve(scale, np.linalg.solve(scale, noise).T)
-        lowest = np.linalg.eigvalsh(_symmetric(white))[0]
-        if lowest < -tolerance:
-            raise RealizationError(
-                f"at speed {speed:g} this process has no samples between its samples: its noise would have a "
-                f"covariance with eigenvalue {lowest:.2g} of the variance, below -tolerance ({tolerance:g}); "
-                "take a whole number, or a larger tolerance, which adds as much variance"
-            )
-        root = scale @ _root(_symmetric(white))
-        return LTI(A, root[:n], self.C, root[n:])
-
-    def _power(self, exponent: float, fold: bool) -> Array:
-        """A^exponent, real."""
-        if float(exponent).is_integer() and exponent >= 0:
-            return np.linalg.matrix_power(self.A, int(exponent))
-        poles, V = self._modes()
-        for pole in poles:
-            if (pole.imag == 0 and pole.real < 0 and not fold) or (pole == 0 and exponent < 0):
-                raise RealizationError(
-                    f"A has no real power {exponent:g}: it has the pole {pole.real:.6g}; "
-                    + ("fold=True takes its modulus" if pole.real else "make B D' = 0")
-                )
-        powers = [abs(z) ** exponent * np.exp(1j * exponent * np.angle(z) * (z.imag != 0)) for z in poles]
-        return np.linalg.solve(V.T, (V @ _block_diagonal(poles, powers)).T).T
-
     def reverse(self) -> LTI:
         """The backward model: the same process in reversed time, s = -t, as an LTI whose state is P^-1 x(t+1).
 
@@ -409,6 +371,12 @@ class LTI:
         Cb = self.C @ self.stationary @ self.A.T + self.D @ self.B.T
         return LTI(self.A.T, np.linalg.solve(T.T, E.T), Cb, self.C @ T @ E.T + self.D @ F.T)
 
+    def to_layer(self, *, window: int | None = None, tolerance: float = 1e-9, hidden_size: int | None = None) -> Mixer:
+        """A layer that is this system from input to output: `bmojo.realize.layer.to_layer`."""
+        from bmojo.realize.layer import to_layer  # needs torch
+
+        return to_layer(self, window=window, tolerance=tolerance, hidden_size=hidden_size)
+
     def _stable(self) -> LTI:
         if self.radius >= 1:
             raise RealizationError(
@@ -421,10 +389,11 @@ class LTI:
 def numbers(name: str, value: Any) -> Array:
     """`value` as a float64 array of its own; refused unless real and finite."""
     try:
-        if np.iscomplexobj(value):
-            raise TypeError("it is complex")
-        array = np.array(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        array = np.asarray(value)
+        if np.iscomplexobj(array):
+            raise TypeError("they are complex")
+        array = array.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:  # the last: of tensors that have a gradient
         raise RealizationError(f"{name} must be real numbers: {error}") from error
     if not np.isfinite(array).all():
         raise RealizationError(f"{name} must be finite, got nan or inf")
@@ -476,25 +445,16 @@ def _well(largest: float, smallest: float, what: str, why: str) -> None:
 def _lyapunov(A: Array, Q: Array) -> Array:
     """P = sum_j A^j Q A'^j of a stable A, by doubling: 2^k terms in k steps, all of them positive."""
     P = Q
-    while True:
+    for _ in range(64):
         term = A @ P @ A.T
         P, A = _symmetric(P + term), A @ A
         if np.abs(term).max() <= 1e-17 * np.abs(P).max():
-            return P
-
-
-def _block_diagonal(poles: list[complex], values: list[complex]) -> Array:
-    """[r] for each real pole and [[a, b], [-b, a]] for each of a pair, on the diagonal; the numbers are `values`."""
-    size = sum(1 + (z.imag != 0) for z in poles)
-    matrix, i = np.zeros((size, size)), 0
-    for z, value in zip(poles, values, strict=True):
-        matrix[i, i] = value.real
-        if z.imag != 0:
-            matrix[i + 1, i + 1] = value.real
-            matrix[i, i + 1], matrix[i + 1, i] = value.imag, -value.imag
-            i += 1
-        i += 1
-    return matrix
+            break
+    if not np.isfinite(P).all():
+        raise RealizationError(
+            "the stationary covariance is above what float64 holds; take other units, or coordinates"
+        )
+    return P
 
 
 def _run(A: Array, u: Array, x: Array) -> Array:

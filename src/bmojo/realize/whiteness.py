@@ -175,12 +175,14 @@ def _draws(
 
 
 def _signed(z: Floats, lags: NDArray[np.int64], samples: int, random: np.random.Generator) -> Floats:
-    """[samples, m, p, p]: 1/T sum_t w_t z_t z_{t-k}' with random signs w_t, the same for all k."""
+    """[samples, m, p, p]: 1/T sum_t w_t z_t z_{t-k}' with random signs w_t, the same for all k. In float32, summed up
+    in float64: draws need no more."""
     count, channels = z.shape
+    z = z.astype(np.float32)
     r = np.zeros((samples, len(lags), channels**2))
     for start in range(0, count, AT_ONCE):
         stop = min(start + AT_ONCE, count)
-        signs = random.choice([-1.0, 1.0], (samples, stop - start))
+        signs = 2 * random.integers(0, 2, (samples, stop - start)).astype(np.float32) - 1
         for i, lag in enumerate(lags):
             first = max(start, int(lag))
             if first < stop:
