@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bmojo import presets
 from bmojo.data.synthetic import EVALUATION, make_task
+from bmojo.errors import UniversalError
 from bmojo.hf import BMojoConfig, BMojoForCausalLM
 from bmojo.nn.model import BMojoLM
 from bmojo.universal.autoregression import AR
@@ -137,6 +138,20 @@ class Logits(torch.nn.Module):
 
     def forward(self, tokens):
         return self.model(tokens)[0]
+
+
+def test_refuses(model):
+    task, trees = make_task("linear_gaussian", length=8), make_task("markov_tree", length=8)
+    for call, message in (
+        (lambda: InContext(model, (0, 8)), "at least 0 and below the vocabulary's 8, got 8; name the ids"),
+        (lambda: InContext(model, start=-1), "got -1"),
+        (lambda: InContext(model, (3, 3)), r"two or more different tokens, got \[3, 3\]"),
+        (lambda: kalman_gap(InContext(model), task, EVALUATION, 4), "symbols or more, got 2; name the tokens of all"),
+        (lambda: ctw_gap(InContext(model, range(3), 7), trees, EVALUATION, 4), r"\[4, 8, 2\], got \[4, 8, 3\]"),
+        (lambda: ctw_gap(KT(), trees, EVALUATION, 1), "rows must be at least 2"),
+    ):
+        with pytest.raises(UniversalError, match=message):
+            call()
 
 
 def test_the_gap_to_context_trees():
