@@ -1,7 +1,7 @@
 """The family of `bmojo compare` at 100k parameters each against the best predictors there are.
 
     python benchmarks/universal.py --out docs/results/universal --work runs/universal [--sources markov_tree ...]
-        [--models bmojo ...] [--seeds 0 1 2] [--steps 512] [--learning-rate 4e-3] [--train-only]
+        [--models bmojo ...] [--seeds 0 1 2] [--steps 512] [--learning-rate 4e-3] [--window 8] [--train-only]
 
 Trains each model on fresh sequences of each source, scores it at powers of two of steps, and writes the report of all
 that is finished under `--work`. What is finished is not done again, and what was stopped goes on.
@@ -336,9 +336,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--window", type=int, help="instead of the window of each source; give other --out and --work")
     parser.add_argument("--train-only", action="store_true", help="no report: for one of several processes")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.window:
+        SOURCES.update({name: dataclasses.replace(spec, window=options.window) for name, spec in SOURCES.items()})
     for seed in options.seeds:
         for source in options.sources:
             for name in options.models:
