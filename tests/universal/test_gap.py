@@ -100,6 +100,14 @@ def test_the_gap_of_a_solomonoff_table():
     assert gap.entropy == pytest.approx(table.entropy())
 
 
+@pytest.mark.slow
+def test_gaps_as_they_were_first_measured():
+    """Depth 10, 16 bits, by another program: uniform 11.53, KT 4.40, CTW 2.76."""
+    table = SolomonoffTable.build(n_bits=16, depth=10, processes=1)
+    for model, bits in ((Uniform(), 11.53), (KT(), 4.40), (CTW(4), 2.76)):
+        assert solomonoff_gap(model, table).total == pytest.approx(bits, abs=0.01)
+
+
 def test_what_a_model_rules_out_costs_infinity():
     table = SimpleNamespace(n_bits=1, levels=lambda: [np.array([4]), np.array([1, 3])])
     assert solomonoff_gap(Fixed(np.array([0.0, 1.0])), table).total == np.inf
