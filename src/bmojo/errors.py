@@ -37,6 +37,10 @@ class StoreError(BMojoError):
     """A store of blocks or of states that is damaged, in use, or made by another model."""
 
 
+class CompressionError(BMojoError):
+    """A compressed file that is damaged, cut off, or made by another model."""
+
+
 class RealizationError(BMojoError):
     """A linear system, or data to identify one from, that can't be worked with: unstable, not minimal, too short."""
 

@@ -10,6 +10,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.tsa.api import VAR
 
 from bmojo.errors import ConfigError, DataError
+from bmojo.realize import LTI, cva
 from bmojo.realize.whiteness import rejected, whiteness
 
 
@@ -194,8 +195,77 @@ def test_bad_errors_are_refused(change, message):
         ({"correction": "none"}, "known: bh, holm"),
         ({"level": 0.0}, "between 0 and 1"),
         ({"samples": 3, "null": "martingale"}, "at least 20"),
+        ({"block": 0}, "block at least 1"),
     ],
 )
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         whiteness(**({"e": white(100, 2), "lags": 10} | change))
+
+
+SYSTEM = LTI.from_innovations(
+    np.array([[0.9, 0.3, 0.0], [-0.3, 0.8, 0.0], [0.0, 0.0, -0.6]]),
+    np.array([[0.5, 0.0], [0.2, 0.4], [0.0, 0.6]]),
+    np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 1.0]]),
+    np.array([[1.0, 0.3], [0.3, 0.5]]),
+)
+
+
+def test_innovations_of_the_true_kalman_filter_are_white_as_often_as_they_should_be():
+    runs = 200
+    e = SYSTEM.kalman(SYSTEM.simulate(500, batch=runs)).innovations
+    rejections = sum(whiteness(row, 10).total_p[-1] < 0.05 for row in e)
+    low, high = binom.ppf([0.0005, 0.9995], runs, 0.05)
+    assert low <= rejections <= high
+
+
+def test_residuals_of_an_identified_system_are_white_at_its_order_and_coloured_below():
+    """2 n p = 12 parameters were fitted."""
+    y = SYSTEM.simulate(20_000, seed=1)
+
+    def residuals(n):
+        return cva(y, n, lags=10).kalman(y - y.mean(0)).innovations
+
+    assert whiteness(residuals(3), 12, fitted=12).total_p[-1] > 0.01
+    below = whiteness(residuals(2), 12, fitted=8)
+    assert below.total_p[-1] < 1e-20
+    assert below.failing
+    assert whiteness(residuals(1), 12, fitted=4).total_p[-1] < 1e-60
+
+
+def test_parameters_fitted_to_few_samples_are_counted_by_a_refitted_bootstrap():
+    """Each draw simulates the model, identifies it again, and returns what is left."""
+    y = SYSTEM.simulate(400, seed=2)
+    model = cva(y, 3, lags=4)
+    mean = y.mean(0)
+
+    def again(random):
+        drawn = model.simulate(400, seed=int(random.integers(2**31)))
+        return cva(drawn, 3, lags=4).kalman(drawn - drawn.mean(0)).innovations
+
+    e = model.kalman(y - mean).innovations
+    assert whiteness(e, 6, fitted=12, null=again, samples=30).total_p[-1] > 0.05
+    short = cva(y, 1, lags=4).kalman(y - mean).innovations
+    assert whiteness(short, 6, fitted=12, null=again, samples=30).total_p[-1] < 1e-6
+
+
+def test_signs_kept_for_a_while_tell_the_lag_that_fails_from_the_others():
+    """Strong correlation at lag 8 makes all others vary more than the hypothesis says (Bartlett's formula)."""
+    random, alone, kept = np.random.default_rng(0), 0, 0
+    for run in range(20):
+        e = random.standard_normal((4000, 2))
+        for t in range(8, len(e)):
+            e[t] += 0.7 * e[t - 8]
+        settings = {"null": "martingale", "samples": 99, "seed": run}
+        alone += bool(set(whiteness(e, 12, **settings).failing) - {8})
+        found = whiteness(e, 12, block=40, **settings)
+        assert 8 in found.failing
+        kept += bool(set(found.failing) - {8})
+    assert alone >= 15
+    assert kept <= 5
+
+
+def test_blocks_of_signs_have_the_right_size():
+    low, high = binom.ppf([0.0005, 0.9995], 200, 0.05) / 200
+    for share in share_rejected(lambda random: changing_variance(1000, 2, random), 200, null="martingale", block=5):
+        assert low <= share <= high

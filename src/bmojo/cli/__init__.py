@@ -49,10 +49,16 @@ VERBS = {
     "store verify": Verb("bmojo.cli.store", "Read all of a store; repair what is damaged."),
     "store export": Verb("bmojo.cli.store", "The tokens of a store's blocks, with source and position, as JSON lines."),
     "store forget": Verb("bmojo.cli.store", "Hide all that a store has of a source."),
+    "universal table": Verb("bmojo.cli.universal", "Solomonoff's mixture on short strings, as a table.", resumes=True),
+    "universal search": Verb("bmojo.cli.universal", "The first program that prints the data, by Levin's search."),
+    "universal plot": Verb("bmojo.cli.universal", "A table of Solomonoff's mixture as a figure."),
+    "universal gap": Verb("bmojo.cli.universal", "How far a model's prediction in context is from Solomonoff's."),
     "texture fit": Verb("bmojo.cli.texture", "A moving scene (fire, water, leaves) as a linear system."),
     "texture synthesize": Verb("bmojo.cli.texture", "New frames of such a scene: as fast, slower, faster, backwards."),
     "convert": Verb("bmojo.cli.convert", "Models of Llama, Mistral, Qwen, Mamba-2 and others in, and back out."),
     "lower": Verb("bmojo.cli.lower", "A training or decode step as a program for XLA (Trainium)."),
+    "compress": Verb("bmojo.cli.compress", "A file in as few bytes as a model finds it probable."),
+    "decompress": Verb("bmojo.cli.compress", "The file that `bmojo compress` read, bit for bit."),
     "export": Verb("bmojo.cli.export", "A sharded checkpoint (FSDP) as a model folder."),
 }
 INTERRUPTED = 130

@@ -30,7 +30,7 @@ def diagnose(
         str | None,
         typer.Option(help="Where bands of lags end; 1,4,16,64,256,1024,4096 as far as the text goes if left out."),
     ] = None,
-    channels: Annotated[int, typer.Option(min=1, max=64, help="Numbers that a token's error is projected to.")] = 16,
+    channels: Annotated[int, typer.Option(min=1, max=64, help="Numbers that a token's error is projected to.")] = 8,
     features: Annotated[
         str, typer.Option(help="What a token is: its 'embedding' in the model, or 'one-hot' (of a small vocabulary).")
     ] = "embedding",
@@ -81,50 +81,56 @@ def diagnose(
 
 
 def _show(found: Diagnosis) -> None:
-    print(
-        f"errors of {found.tokens:,} predictions in {found.channels} channels; of their variance, held out, explained by"
-    )
+    print(f"errors of {found.tokens:,} predictions in {found.channels} channels, explained on the last half by")
     rows = []
-    for band, own, text in zip(found.bands, found.own_past, found.text, strict=True):
+    whole = (1, found.bands[-1][1])
+    for band, *probes in zip([*found.bands, whole], found.own_past, found.text, found.repeats, strict=True):
         inside = [lag for lag in found.lags if band[0] <= lag <= band[1]]
-        failing = f"{len(set(inside) & set(found.failing))} of {len(inside)}"
-        rows.append([_lags(band), failing, _cell(own), _cell(text)])
-    failing = f"{len(found.failing)} of {len(found.lags)}"
-    rows.append(["all", failing, _cell(found.all_own_past), _cell(found.all_text)])
-    print_table(("lags", "fail", "past errors, %", "past text, %"), rows)
-    print("* more than chance (5 % for all bands of a column together); in brackets 95 % intervals")
+        fails = f"{len(set(inside) & set(found.failing))} of {len(inside)}"
+        rows.append([_lags(band), fails, *map(_cell, probes)])
+    print_table(("lags", "fail", "past errors, %", "past text, %", "repeats, %"), rows)
+    print("share of the variance, and half of its 95 % interval; * more than by chance")
 
 
 def in_words(found: Diagnosis, reach: int | None) -> list[str]:
     """What the figures say, for who has not read how they are made."""
-    probes = {"the text": found.text, "its own past": found.own_past}
+    columns = {"the text before": found.text, "repeats": found.repeats, "its own past": found.own_past}
     failing = {
-        name: [(band, probe) for band, probe in zip(found.bands, column, strict=True) if probe.fails]
-        for name, column in probes.items()
+        name: [(band, probe) for band, probe in zip(found.bands, column, strict=False) if probe.fails]
+        for name, column in columns.items()
     }
     if not (found.failing or any(failing.values())):
         return [f"white: nothing tried predicts the errors (all lags together: p = {found.p:.2g})"]
     words = ["not white: what went before tells more than the model makes of it"]
     for name, fails in failing.items():
-        words.append(f"from {name}, the errors are predictable {_best(fails)}" if fails else
-                     f"from {name}, no band of lags predicts the errors")  # fmt: skip
+        words.append(f"from {name}, its errors are predictable {_best(fails)}" if fails else
+                     f"from {name}, no band of lags predicts its errors")  # fmt: skip
     if reach is None:
         return [*words, "no lag is out of this model's reach: it lacks training, size, or a memory that keeps more"]
-    beyond = [(band, probe) for band, probe in failing["the text"] if band[0] > reach]
-    within = [(band, probe) for band, probe in failing["the text"] if band[0] <= reach]
+    found_beyond = [(band, probe) for name in ("the text before", "repeats") for band, probe in failing[name]]
+    beyond, within = ([entry for entry in found_beyond if (entry[0][0] > reach) == far] for far in (True, False))
     knows = f"the model knows the last {reach:,} tokens"
-    words.append(f"{knows}; text beyond predicts its errors, so it lacks memory: {_best(beyond)}" if beyond else
-                 f"{knows}; text beyond does not predict its errors: nothing says that it lacks memory")  # fmt: skip
-    if within:
-        words.append(f"text within predicts them, so it lacks training or size: {_best(within)}")
+    memory = "so memory would help" if within else "so it lacks memory"
+    words.append(f"{knows}: what came before them predicts its errors, {memory}, {_best(beyond)}" if beyond
+                 else f"{knows}: what came before them does not predict its errors")  # fmt: skip
+    rest = "so training or size would help" if beyond else "so it lacks training or size"
+    words.append(f"what it knows predicts its errors, {rest}, {_best(within)}" if within
+                 else "what it knows does not predict its errors")  # fmt: skip
     return words
 
 
 def _best(fails: list[tuple[Band, Probe]]) -> str:
-    (first, last), probe = max(fails, key=lambda entry: entry[1].share)
+    """Where, and the largest share with its interval."""
+    runs: list[list[int]] = []
+    for first, last in sorted({band for band, _ in fails}):
+        if runs and first == runs[-1][1] + 1:
+            runs[-1][1] = last
+        else:
+            runs.append([first, last])
+    band, probe = max(fails, key=lambda entry: entry[1].share)
+    where = " and ".join(_lags((first, last)) for first, last in runs)
+    most = "" if list(band) == runs[0] else f", most at {_lags(band)}"
     low, high = probe.ci95
-    where = ", ".join(_lags(band) for band, _ in fails)
-    most = f", best {_lags((first, last))}" if len(fails) > 1 else ""
     return (
         f"at lags {where}{most}: {_percent(probe.share)} % of their variance "
         f"(95 % interval {_percent(low)} to {_percent(high)})"
@@ -142,4 +148,4 @@ def _percent(share: float) -> str:
 
 def _cell(probe: Probe) -> str:
     low, high = probe.ci95
-    return f"{_percent(probe.share)} ({_percent(low)} to {_percent(high)}){'*' if probe.fails else ' '}"
+    return f"{_percent(probe.share)} ± {_percent((high - low) / 2)}{'*' if probe.fails else ' '}"

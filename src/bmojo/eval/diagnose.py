@@ -8,18 +8,23 @@ Of the token x_t and the model's distribution q_t over it, given all before, the
 
     e_t = v(x_t) - sum_x q_t(x) v(x),       v(x): a fixed vector of each token
 
-If q_t is right, E[e_t | x_{t-1}, x_{t-2}, ...] = 0: nothing in the past predicts e_t. Three views of that:
+If q_t is right, E[e_t | x_{t-1}, x_{t-2}, ...] = 0: nothing in the past predicts e_t. Four views of that:
 
-- a portmanteau test of e_t against e_{t-k}, lag by lag (`bmojo.realize.whiteness`, null "martingale");
+- a portmanteau test of e_t against e_{t-k}, lag by lag (`bmojo.realize.whiteness`, null "martingale"), on the second
+  half of the text;
 - a probe: ridge regression of e_t on the errors of a band of lags, fitted on the first half of the text and scored on
   the second;
 - the same probe on the vectors v(x_{t-k}) of the text itself. A model that makes the best of what it remembers has
   errors uncorrelated with all of that, so this one fails just where memory ends; the errors of a model with a short
-  memory correlate with its last errors, too, since those tell of the text beyond.
+  memory correlate with its last errors, too, since those tell of the text beyond;
+- a probe that looks for repeats: v(x_{t-k}) - sum_x q_t(x) v(x), where t-k is the last place in the band that the same
+  2, 4 or 8 tokens stand before. To mix in a share a of what followed there, as a memory that copies would, changes e_t
+  by -a times that: what it explains is what such a memory of that reach would add.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -42,10 +47,13 @@ EDGES = (1, 4, 16, 64, 256, 1024, 4096)
 SEGMENT = 1024  # tokens read at once; bounds the memory that a long text takes
 ROWS = 8192  # whose regressors are held at once
 PICKED = 8  # single lags of a band that a probe looks at, beside the mean over all of it
+ALIKE = (2, 4, 8)  # tokens before a repeat
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)  # of ridge, in units of the regressors' variance
+RAREST = 0.01  # of the largest regressor: what is smaller, as of repeats that hardly occur, is held to more
 BLOCKS = 100  # of the held-out half, drawn again for its intervals
+SIGNS = 200  # blocks of the portmanteau test, each with a sign of its own
 LEAST = 1024  # tokens; too few for any test below
-CHANNELS = 16
+CHANNELS = 8
 
 Floats = NDArray[np.float64]
 Band = tuple[int, int]  # first and last lag
@@ -53,11 +61,12 @@ Band = tuple[int, int]  # first and last lag
 
 @dataclass(frozen=True)
 class Reading:
-    """Errors and vectors of the tokens [rows, channels], document behind document, with rows of zeros between them so
-    that no lag reaches from one into another; `live` [rows] is False there, and at tokens that nothing came before."""
+    """Tokens [rows], their vectors and errors [rows, channels], document behind document. Between documents are rows of
+    zeros, token -1, so that no lag reaches from one into another. `live` [rows]: where a prediction was made."""
 
-    errors: Floats
+    tokens: NDArray[np.int64]
     vectors: Floats
+    errors: Floats
     live: NDArray[np.bool_]
 
 
@@ -65,9 +74,10 @@ class Reading:
 class Probe:
     """What one band of lags explains of the errors of the held-out half.
 
-    share   of their variance (of the squared length of e_t), with its 95 % interval; below 0 if it explains nothing
+    share   of their variance (of the squared length of e_t), with its 95 % interval: of the probe as it was fitted, so
+            no more than there is; below 0 if it explains nothing
     p       of the hypothesis that it explains nothing
-    fails   whether that falls, after Holm's correction for all bands
+    fails   whether that falls, after Holm's correction for all bands, and the share is above 0
     """
 
     share: float
@@ -79,7 +89,7 @@ class Probe:
 @dataclass(frozen=True)
 class Diagnosis:
     """p: of the portmanteau test of all `lags` together. lag_shares: of the (whitened) variance of e_t that e_{t-k}
-    explains, less what it would by chance. own_past, text: a probe for each band; all_*: with all bands at once."""
+    explains, less what it would by chance. own_past, text, repeats: the probes, one for each band and one of all."""
 
     tokens: int
     channels: int
@@ -91,8 +101,7 @@ class Diagnosis:
     bands: list[Band]
     own_past: list[Probe]
     text: list[Probe]
-    all_own_past: Probe
-    all_text: Probe
+    repeats: list[Probe]
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,8 @@ class Chosen:
     left_out: list[str]
 
     def counts(self, vocab_size: int) -> NDArray[np.int64]:
-        return sum(np.bincount(document, minlength=vocab_size) for document in self.documents)
+        """How often each token occurs."""
+        return np.bincount(np.concatenate(self.documents), minlength=vocab_size)
 
 
 def choose(
@@ -181,17 +191,18 @@ def read(
     documents, gap = chosen.documents, chosen.bands[-1][1]
     rows = sum(map(len, documents)) + gap * (len(documents) - 1)
     errors, vectors = np.zeros((2, rows, basis.shape[1]))
-    live = np.zeros(rows, dtype=bool)
+    everything, live = np.full(rows, -1), np.zeros(rows, dtype=bool)
     table = torch.from_numpy(basis).to(model.embed.weight.device)
     begin = 0
     for document in documents:
+        everything[begin : begin + len(document)] = document
         vectors[begin : begin + len(document)] = basis[document]
         tokens = torch.from_numpy(document.astype(np.int64)).to(table.device)
         for start, expected in _expected(model, tokens, table, context, segment):
             at = slice(begin + start, begin + start + len(expected))
             errors[at], live[at] = vectors[at] - expected, True
         begin += len(document) + gap
-    return Reading(errors, vectors, live)
+    return Reading(everything, vectors, errors, live)
 
 
 def _expected(
@@ -218,6 +229,8 @@ def diagnose(
 ) -> Diagnosis:
     """Tests of the errors at the lags up to the last of `bands`, which ascend. `samples`, `seed`: draws of the test.
 
+    The portmanteau test is of the second half of the text, at `sampled_lags` and at those that the probes picked on the
+    first half, with signs that change SIGNS times.
     The probe of a band sees PICKED single lags of it, those of greatest correlation on the first half of the text, and
     the mean over the band. Its penalty is the best on the last fifth of that half. With s_t = e_t . f_t of its forecast
     f_t on the second half, sum s_t / sqrt(sum s_t^2) is standard normal where the model is right, whatever the
@@ -231,10 +244,13 @@ def diagnose(
             f"the text has {tokens:,} tokens to test, and lags up to {last:,} need at least {needed(last):,}; "
             "give more text, or test smaller lags"
         )
-    found = whiteness(reading.errors, tested(last), null="martingale", samples=samples, seed=seed, level=level)
-    rows = len(reading.errors)
-    shares = (found.each - found.each_mean) * (rows - found.lags) / rows**2 / reading.errors.shape[1]
-    own, text = (_probe(reading, past, bands, seed) for past in (reading.errors, reading.vectors))
+    past_errors, past_text = (_lagged(reading, past, bands) for past in (reading.errors, reading.vectors))
+    held_out = reading.errors[_half(reading) :]
+    rows = len(held_out)
+    lags = sorted({*sampled_lags(last), *past_errors.single})
+    found = whiteness(held_out, lags, null="martingale", level=level, samples=samples, block=max(1, rows // SIGNS),
+                      seed=seed)  # fmt: skip
+    shares = (found.each - found.each_mean) * (rows - found.lags) / rows**2 / held_out.shape[1]
     return Diagnosis(
         tokens=tokens,
         channels=reading.errors.shape[1],
@@ -244,10 +260,9 @@ def diagnose(
         lag_p=found.each_p.tolist(),
         failing=list(found.failing),
         bands=list(bands),
-        own_past=_corrected(own[:-1], level),
-        text=_corrected(text[:-1], level),
-        all_own_past=_corrected(own[-1:], level)[0],
-        all_text=_corrected(text[-1:], level)[0],
+        own_past=_probe(reading, past_errors, seed, level),
+        text=_probe(reading, past_text, seed, level),
+        repeats=_probe(reading, _Repeats(reading, bands), seed, level),
     )
 
 
@@ -263,7 +278,7 @@ def bands(edges: Sequence[int]) -> list[Band]:
     return [(before + 1, edge) for before, edge in zip((0, *edges), edges, strict=False)]
 
 
-def tested(last: int) -> list[int]:
+def sampled_lags(last: int) -> list[int]:
     """Lags for the portmanteau test: all to 16, then eight an octave to `last`."""
     octaves = 16 * 2 ** (np.arange(1, 8 * 32) / 8)
     return sorted({lag for lag in [*range(1, 17), *octaves.round().astype(int).tolist(), last] if lag <= last})
@@ -279,19 +294,25 @@ def reach(config: ModelConfig, context: int | None = None) -> int | None:
     return steps + 1 if context is None else min(steps + 1, context)
 
 
-def _corrected(probes: list[tuple[float, tuple[float, float], float]], level: float) -> list[Probe]:
-    fails = rejected(np.array([p for *_, p in probes]), level)
-    return [Probe(*probe, bool(fail)) for probe, fail in zip(probes, fails, strict=True)]
+class _Regressors(ABC):
+    """What a probe sees, row by row; `columns`: those of each band."""
+
+    columns: list[NDArray[np.int64]]
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Floats:
+        """Of the rows from `start` to `stop`, all columns; zeros where no prediction was made."""
 
 
-def _probe(
-    reading: Reading, past: Floats, bands: Sequence[Band], seed: int
-) -> list[tuple[float, tuple[float, float], float]]:
-    """(share, its interval, p) of a probe of each band of `past` [rows, channels], and of one of all of them."""
-    errors, rows = reading.errors, len(reading.errors)
-    half = int(np.searchsorted(reading.live.cumsum(), reading.live.sum() / 2))
+def _half(reading: Reading) -> int:
+    """The first row of the half that probes are scored on."""
+    return int(np.searchsorted(reading.live.cumsum(), reading.live.sum() / 2))
+
+
+def _probe(reading: Reading, regressors: _Regressors, seed: int, level: float) -> list[Probe]:
+    """A probe of each band, and one of all of them."""
+    errors, rows, half = reading.errors, len(reading.errors), _half(reading)
     fifth = half * 4 // 5
-    regressors = _Regressors(past, bands, _strengths(errors[:half], past[:half], bands[-1][1]), reading.live)
     fitted, chosen = (_Moments.of(regressors, errors, *span) for span in ((0, fifth), (fifth, half)))
     sets = [*regressors.columns, np.concatenate(regressors.columns)]
     weights = [_ridge(fitted, chosen, columns) for columns in sets]
@@ -307,13 +328,15 @@ def _probe(
     power = (errors[half:][live] ** 2).sum(1)
     ndtr = optional_module("scipy.special", "the test of whiteness", "realize").ndtr
     starts = np.linspace(0, len(power), BLOCKS, endpoint=False).astype(int)
-    found = []
+    found: list[tuple[float, tuple[float, float], float]] = []
     for products, squares in scores[:, :, live]:
         gains = 2 * products - squares
         ci95 = bootstrap_ratio(np.add.reduceat(gains, starts), np.add.reduceat(power, starts), seed)
         score = products.sum() / max(np.sqrt((products**2).sum()), np.finfo(float).tiny)
         found.append((float(gains.sum() / power.sum()), ci95, float(ndtr(-score))))
-    return found
+    p = np.array([p for *_, p in found])
+    falls = [*rejected(p[:-1], level), p[-1] <= level]
+    return [Probe(*probe, bool(fall and probe[0] > 0)) for probe, fall in zip(found, falls, strict=True)]
 
 
 def _strengths(errors: Floats, past: Floats, last: int) -> Floats:
@@ -333,21 +356,25 @@ def _strengths(errors: Floats, past: Floats, last: int) -> Floats:
     return (products**2 / spread).sum((1, 2))
 
 
-class _Regressors:
-    """Of each band, past_{t-k} at its strongest lags and the mean over all of its lags; zero at rows that aren't live.
+def _lagged(reading: Reading, past: Floats, bands: Sequence[Band]) -> _Lagged:
+    half = _half(reading)
+    return _Lagged(past, bands, _strengths(reading.errors[:half], past[:half], bands[-1][1]), reading.live)
 
-    `columns`: those of each band.
-    """
+
+class _Lagged(_Regressors):
+    """Of each band, past_{t-k} at its strongest lags and the mean over all of its lags."""
 
     def __init__(self, past: Floats, bands: Sequence[Band], strengths: Floats, live: NDArray[np.bool_]) -> None:
         self.last, self.live = bands[-1][1], live
         self.past = np.vstack([np.zeros((self.last, past.shape[1])), past])
         self.sums = np.vstack([np.zeros((1, past.shape[1])), self.past.cumsum(0)])
         self.spans: list[Band] = []  # that past is averaged over
+        self.single: list[int] = []  # the lags that stand alone
         self.columns = []
         for first, last in bands:
             strongest = np.sort(np.argsort(-strengths[first - 1 : last], kind="stable")[:PICKED]) + first
-            spans = [(int(lag), int(lag)) for lag in strongest]
+            self.single += strongest.tolist()
+            spans = [(lag, lag) for lag in strongest.tolist()]
             spans += [(first, last)] if last - first >= PICKED else []
             begin = len(self.spans) * past.shape[1]
             self.columns.append(np.arange(begin, begin + len(spans) * past.shape[1]))
@@ -364,6 +391,49 @@ class _Regressors:
                     (self.sums[slice(*(at - first + 1))] - self.sums[slice(*(at - last))]) / (last - first + 1)
                 )
         return np.hstack(parts) * self.live[start:stop, None]
+
+
+class _Repeats(_Regressors):
+    """v(x_{t-k}) - sum_x q_t(x) v(x), with the smallest k in each band at which the same tokens stand before, for each
+    number of tokens in ALIKE; zero where there is none."""
+
+    def __init__(self, reading: Reading, bands: Sequence[Band]) -> None:
+        self.reading = reading
+        size = reading.errors.shape[1]
+        self.matches = [_matches(same, band) for band in bands for same in _contexts(reading.tokens)]
+        each = np.arange(len(ALIKE) * size)
+        self.columns = [each + i * len(each) for i in range(len(bands))]
+
+    def rows(self, start: int, stop: int) -> Floats:
+        vectors, live = self.reading.vectors, self.reading.live[start:stop]
+        expected = vectors[start:stop] - self.reading.errors[start:stop]
+        parts = []
+        for match in self.matches:
+            at = match[start:stop]
+            parts.append(np.where(((at >= 0) & live)[:, None], vectors[at] - expected, 0.0))
+        return np.hstack(parts)
+
+
+def _contexts(tokens: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """For each n of ALIKE, which double from 2 on, the number [rows] of the n tokens before; -1 if there are none."""
+    found = []
+    same, length = np.concatenate([[-1], tokens[:-1]]), 1
+    for n in ALIKE:
+        before = np.concatenate([np.full(length, -1), same[:-length]])
+        _, pair = np.unique(same * (before.max(initial=0) + 2) + before, return_inverse=True)
+        same, length = np.where((same >= 0) & (before >= 0), pair, -1), n
+        found.append(same)
+    return found
+
+
+def _matches(same: NDArray[np.int64], band: Band) -> NDArray[np.int64]:
+    """The last row [rows] with the same number, `band` rows before; -1 where there is none."""
+    rows = len(same)
+    place = np.arange(rows)
+    keys = np.sort(same * rows + place)  # those of one number in a run, by row
+    found = np.searchsorted(keys, same * rows + place - band[0], side="right") - 1
+    number, at = np.divmod(keys[found.clip(0)], rows)
+    return np.where((found >= 0) & (same >= 0) & (number == same) & (at >= place - band[1]), at, -1)
 
 
 @dataclass(frozen=True)
@@ -389,7 +459,8 @@ class _Moments:
 def _ridge(fitted: _Moments, chosen: _Moments, columns: NDArray[np.int64]) -> Floats:
     """Weights [columns, channels] fitted to both, with the penalty that is best on `chosen` for those of `fitted`."""
     square = np.ix_(columns, columns)
-    scale = np.sqrt(np.maximum(np.diag(fitted.xx)[columns] / fitted.rows, 1e-300))
+    scale = np.sqrt(np.diag(fitted.xx)[columns] / fitted.rows)
+    scale = np.maximum(scale, RAREST * scale.max()) if scale.any() else np.ones(len(columns))
 
     def solutions(xx: Floats, xe: Floats, rows: int, penalties: Sequence[float]) -> Iterator[Floats]:
         values, axes = np.linalg.eigh(xx[square] / np.outer(scale, scale) / rows)
@@ -416,17 +487,21 @@ def draw(found: Diagnosis, name: str, reach: int | None = None) -> bytes:
     above.set_ylabel("explained by one lag, %")
     above.set_title(f"{name}: prediction errors against the errors before", fontsize=10, loc="left")
     at = [(first * last) ** 0.5 for first, last in found.bands]
-    for probes, preset, label, shift in ((found.own_past, "bmojo_f", "from its own past", 0.94),
-                                         (found.text, "bmojo", "from the text", 1.06)):  # fmt: skip
-        share, low, high = 100 * np.array([[probe.share, *probe.ci95] for probe in probes]).T
-        draw_line(below, preset, zip(np.array(at) * shift, share, strict=True), label=label, linestyle="none")
-        below.errorbar(np.array(at) * shift, share, [share - low, high - share], fmt="none", capsize=3,
-                       color=STYLES[preset][0])  # fmt: skip
+    columns = ((found.own_past, "bmojo_f", "past errors"), (found.text, "bmojo", "past text"),
+               (found.repeats, "mamba2", "repeats"))  # fmt: skip
+    for (probes, preset, label), shift in zip(columns, (0.88, 1, 1.14), strict=True):
+        share, low, high = 100 * np.array([[probe.share, *probe.ci95] for probe in probes[:-1]]).T
+        points = zip(np.array(at) * shift, share, strict=True)
+        draw_line(below, preset, points, label=label, linestyle="none")
+        whiskers = {"fmt": "none", "capsize": 3, "color": STYLES[preset][0]}
+        below.errorbar(np.array(at) * shift, share, [share - low, high - share], **whiskers)
     below.set_ylabel("held-out variance explained, %")
     for first, _ in found.bands[1:]:
         below.axvline(first - 0.5, color="#dddddd", linewidth=0.6)
     for axis in (above, below):
         axis.axhline(0, color="#555555", linewidth=0.8)
+        axis.set_yscale("symlog", linthresh=0.01)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if reach is not None:
             line_at(axis, reach + 0.5, "reach of the model")
         token_axis(axis, "lag, tokens")

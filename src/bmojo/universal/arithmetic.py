@@ -96,7 +96,7 @@ def _ceil(number: int, zeros: int) -> int:
 
 
 @compiled
-def put_symbol(coder, code, start, size):  # type: ignore[no-untyped-def]
+def put_symbol(coder, code, start, size):
     """Narrow the interval of an `Encoder` to the symbol of frequencies [start, start + size) of TOTAL."""
     unit = coder[_WIDTH] >> BITS
     coder[_LOW] += unit * start
@@ -116,13 +116,13 @@ def put_symbol(coder, code, start, size):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def next_slot(coder):  # type: ignore[no-untyped-def]
+def next_slot(coder):
     """Of a `Decoder`: a number in [0, TOTAL) that lies in the frequencies of the next symbol."""
     return min(coder[_LOW] // (coder[_WIDTH] >> BITS), TOTAL - 1)
 
 
 @compiled
-def take_symbol(coder, code, start, size):  # type: ignore[no-untyped-def]
+def take_symbol(coder, code, start, size):
     """The inverse of `put_symbol`, on a `Decoder`."""
     unit = coder[_WIDTH] >> BITS
     coder[_WIDTH] = unit * size
@@ -136,14 +136,14 @@ def take_symbol(coder, code, start, size):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _put_all(coder, code, frequencies, symbols):  # type: ignore[no-untyped-def]
+def _put_all(coder, code, frequencies, symbols):
     for i in range(len(symbols)):
         symbol = symbols[i]
         put_symbol(coder, code, frequencies[i, :symbol].sum(), frequencies[i, symbol])
 
 
 @compiled
-def _take_all(coder, code, frequencies, symbols):  # type: ignore[no-untyped-def]
+def _take_all(coder, code, frequencies, symbols):
     for i in range(len(symbols)):
         bounds = np.cumsum(frequencies[i])
         symbol = np.searchsorted(bounds, next_slot(coder), side="right")

@@ -31,10 +31,10 @@ class ByteCTW:
         p(s) = (r kt(s) + p(child)) / (r + 1),    r = P_kt(s) / P_w(children of s), so far;  at the depth, p = kt
 
     with kt = (n_1 + prior) / (n_0 + n_1 + 2 prior), KT at the default. Depth 0 is KT for every decision: order 0.
-    Up to three roundings it is exact: r is kept in float32 and in [2^-30, 2^30], and counts are halved at 65,535. Nodes
-    lie in a table of 16 bytes each, at most 270 MB, with room for _BUCKET that are found at one place; where more meet,
-    which is rare below a megabyte, the one least seen begins anew. Only sums, products and quotients are taken, so every
-    machine makes the same code, with numba or without it (100 times slower).
+    Exact but for this: r is kept in float32 and within [2^-30, 2^30], and counts are halved at 65,535. Nodes lie in a
+    table, 16 bytes each, at most 270 MB, in which four can be found at one place; where more meet, which is rare below
+    a megabyte, the one least seen begins anew. Only sums, products and quotients are taken, so every machine makes the
+    same code, with numba or without it (100 times slower).
     Source: Willems, Shtarkov and Tjalkens 1995; Tjalkens, Volf and Willems 1997 for bytes.
     """
 
@@ -65,7 +65,7 @@ class ByteCTW:
     def _run(
         self, values: NDArray[np.uint8], coder: Encoder | Decoder, encoding: bool, on_bytes: Callable[[int], Any]
     ) -> None:
-        if not HAS_NUMBA:
+        if not HAS_NUMBA and len(values) > _PIECE:
             warnings.warn("CTW is 100 times slower without numba: pip install 'bmojo[universal]'", stacklevel=4)
         size = next((size for size in _SIZES if size >= _NODES_A_BYTE * len(values)), _SIZES[-1])
         table = np.zeros(size + _BUCKET - 1, _NODE)
@@ -78,7 +78,7 @@ class ByteCTW:
 
 
 @compiled
-def _node(key, keys, ratios, counts):  # type: ignore[no-untyped-def]
+def _node(key, keys, ratios, counts):
     """Where the node of that key lies: in its bucket, or else, new, in place of the one least seen there."""
     first = key % (len(keys) - _BUCKET + 1)
     least, place = 1 << 17, first
@@ -94,7 +94,7 @@ def _node(key, keys, ratios, counts):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _code_bytes(keys, ratios, counts, depth, prior, past, values, coder, code, encoding):  # type: ignore[no-untyped-def]
+def _code_bytes(keys, ratios, counts, depth, prior, past, values, coder, code, encoding):
     """Encode `values`, or decode into them; past: the last bytes as a number, the last one lowest."""
     path = np.empty(depth + 1, np.int64)
     own = np.empty(depth + 1)  # of a one, by each node of the path alone

@@ -4,8 +4,8 @@ Programs of equal futures are walked once: where no bracket is open, what a prog
 and what it printed before matters only for how much room is left (`Machine.merged`). So a build goes by layers, one for
 each number of instructions drawn: a layer is a map from (merged state, output) to how many programs are there.
 
-`count_plainly` is that in plain Python for any machine; `count` is the same for BrainPhoque machines in numba, where all
-programs from one tape to the next merge are walked once, whatever the layer and the output, and in several threads.
+`count_plainly` is that in plain Python for any machine; `count` is the same for BrainPhoque machines in numba, where
+all programs from a tape to the next merge are walked once, whatever the layer and the output, and in several threads.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import time
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from bmojo.errors import UniversalError
 from bmojo.files import write_whole
 from bmojo.universal.machine import BrainPhoque, Machine
 
+SAVE_EVERY = 30.0  # seconds
 Bits = np.ndarray  # uint64 by output: the integer with a leading one before the bits
 Progress = Callable[[int, int], None]  # the layers that are done, the nodes visited
 
@@ -88,18 +90,21 @@ def count(
     processes: int = 2,
     progress: Progress | None = None,
 ) -> Counts:
-    """The counts of a BrainPhoque machine. With `checkpoint`, each finished layer is written there, and a build that
-    was interrupted goes on from it; UniversalError for a checkpoint of other settings."""
-    settings = {"machine": machine.identity, "n_bits": n_bits, "depth": depth, "steps": steps}
-    build = _Build(settings, n_bits, depth, machine.size)
+    """The counts of a BrainPhoque machine. With `checkpoint`, what is done is written there after each layer (and twice
+    a minute within one), and a build that was interrupted goes on from it.
+
+    Raises UniversalError for a checkpoint of other settings.
+    """
+    build = _Build(machine, n_bits, depth, steps)
     if checkpoint is not None and checkpoint.exists():
         build.restore(checkpoint)
+    saved = time.monotonic()
     with ThreadPoolExecutor(processes) as pool:
         try:
-            while build.layer < depth:
-                build.next_layer(machine, steps, pool)
-                if checkpoint is not None:
+            for layer_done in build.run(pool):
+                if checkpoint is not None and (layer_done or time.monotonic() - saved > SAVE_EVERY):
                     build.save(checkpoint)
+                    saved = time.monotonic()
                 if progress is not None:
                     progress(build.layer, build.nodes)
         except BaseException:
@@ -113,129 +118,142 @@ Counter64 = tuple[np.ndarray, np.ndarray]  # int64 keys, sorted, and uint64 coun
 
 @dataclass
 class _Expansion:
-    """What `program_tree.expand` counts from one tape: its four counters, keys sorted, and the nodes still open."""
+    """What `program_tree.expand` counts from one tape: its counter, and the nodes with open brackets by instructions
+    and bits printed."""
 
-    counters: list[Counter64]
+    keys: np.ndarray
+    counts: np.ndarray
     still_open: np.ndarray
 
-    def of(self, counter: int, drawn: int, shift: int) -> Counter64:
-        """The part of a counter with this many instructions drawn, its keys without them."""
-        keys, counts = self.counters[counter]
-        low, high = np.searchsorted(keys, [drawn << shift, (drawn + 1) << shift])
-        return keys[low:high] - (drawn << shift), counts[low:high]
+    def of(self, what: int, drawn: int, shift: int) -> Counter64:
+        """What happened so after this many instructions, by tape and output."""
+        key = (what << 5 | drawn) << shift
+        low, high = np.searchsorted(self.keys, [key, key + (1 << shift)])
+        return self.keys[low:high] - key, self.counts[low:high]
 
 
-@dataclass
 class _Build:
-    """A build between two layers: what a checkpoint holds."""
+    """A build: which layers are done, what they count, and what they leave to the next ones. All of it is saved.
 
-    settings: dict[str, Any]
-    n_bits: int
-    depth: int
-    size: int
-    layer: int = 0
-    nodes: int = 0
-    counts: Counts = field(init=False)
-    waiting: dict[int, list[Counter64]] = field(init=False)  # by layer: tape << (n_bits + 1) | output
-    expansions: dict[int, _Expansion] = field(default_factory=dict)  # by tape
+    `waiting` has, for each layer to come, the merged states there: tape << (n_bits + 1) | output, and how many programs
+    lead to it. `expansions` has for each tape met what follows from it; those that this layer adds are complete when
+    `tasks` tasks of it are done.
+    """
 
-    def __post_init__(self) -> None:
-        self.counts = Counts.none(self.n_bits)
-        self.counts.first[1] = self.size**self.depth
-        self.waiting = {layer: [] for layer in range(self.depth + 1)}
+    def __init__(self, machine: BrainPhoque, n_bits: int, depth: int, steps: int) -> None:
+        self.machine, self.n_bits, self.depth, self.steps = machine, n_bits, depth, steps
+        self.layer = self.tasks = self.nodes = 0
+        self.counts = Counts.none(n_bits)
+        self.counts.first[1] = machine.size**depth
+        self.waiting: dict[int, list[Counter64]] = {layer: [] for layer in range(depth + 1)}
         self.waiting[0] = [(np.array([1]), np.array([1], np.uint64))]
+        self.expansions: dict[int, _Expansion] = {}
+        self.unmerged: dict[int, list[_Expansion]] = {}
 
-    def next_layer(self, machine: BrainPhoque, steps: int, pool: ThreadPoolExecutor) -> None:
+    def run(self, pool: ThreadPoolExecutor) -> Iterator[bool]:
+        """All that is left to do, with a pause after each task (False) and each layer (True)."""
+        while self.layer < self.depth:
+            for _ in self._walk(pool):
+                yield False
+            self._spread()
+            yield True
+
+    def _walk(self, pool: ThreadPoolExecutor) -> Iterator[None]:
+        """Expands the tapes that are new in this layer, a task at a time: long walks are cut by their first
+        instructions."""
         from bmojo.universal import program_tree
 
         left = self.depth - self.layer
-        over, shift = self.n_bits + 1, self.n_bits + 1 + machine.cells
+        tapes = np.unique(_sum(self.waiting[self.layer])[0] >> (self.n_bits + 1)).tolist()
+        new = [t for t in tapes if t not in self.expansions or len(self.expansions[t].still_open) == left + 1]
+        ops, weights = program_tree.distinct(self.machine)
+        cut = min(max(left - 8, 0), 6)
+        prefixes = list(itertools.product(range(len(ops)), repeat=cut))
+        tasks = [(tape, left, prefix) for tape in new for prefix in prefixes]
+        if cut:
+            tasks += [(tape, cut, ()) for tape in new]
+
+        def walk(tape: int, depth: int, prefix: tuple[int, ...]) -> Any:
+            first = np.array(prefix, np.int64)
+            return program_tree.expand(tape, self.machine.cells, ops, weights, depth, self.steps, self.n_bits, first)
+
+        todo = tasks[self.tasks :]
+        for (tape, *_), found in zip(todo, pool.map(walk, *zip(*todo, strict=True)) if todo else (), strict=True):
+            keys, counts, still_open, nodes = found
+            padded = np.zeros((left + 1, self.n_bits), np.uint64)
+            padded[: len(still_open)] = still_open
+            self.unmerged.setdefault(tape, []).append(_Expansion(keys, counts, padded))
+            self.tasks, self.nodes = self.tasks + 1, self.nodes + nodes
+            yield
+
+    def _spread(self) -> None:
+        """Adds what all programs of this layer do until the next merge, and goes on to the next layer."""
+        from bmojo.universal import program_tree
+
+        self._merge()
+        left = self.depth - self.layer
+        over, shift = self.n_bits + 1, self.n_bits + 1 + self.machine.cells
         keys, counts = _sum(self.waiting[self.layer])
         tapes, begins = np.unique(keys >> over, return_index=True)
-        unknown = [int(tape) for tape in tapes if int(tape) not in self.expansions]
-        expansions, nodes = _expand(machine, unknown, left, steps, self.n_bits, pool)
-        joined: dict[int, list[Counter64]] = {drawn: [] for drawn in range(1, left + 1)}
-        for tape, begin, end in zip(tapes, begins, [*begins[1:], len(keys)], strict=True):
-            expansion = expansions.get(int(tape)) or self.expansions[int(tape)]
+        for tape, begin, end in zip(tapes.tolist(), begins, [*begins[1:], len(keys)], strict=True):
+            expansion = self.expansions[tape]
             outputs, programs = keys[begin:end] & ((1 << over) - 1), counts[begin:end]
             for drawn in range(1, left + 1):
-                scaled = programs * np.uint64(self.size ** (left - drawn))
-                for counter, most, table in (
-                    (0, self.n_bits, self.counts.first),
-                    (2, self.n_bits - 1, self.counts.loops),
-                    (3, self.n_bits - 1, self.counts.timeouts),
+                scaled = programs * np.uint64(self.machine.size ** (left - drawn))
+                for what, most, table in (
+                    (program_tree.FIRST, self.n_bits, self.counts.first),
+                    (program_tree.LOOPED, self.n_bits - 1, self.counts.loops),
+                    (program_tree.LATE, self.n_bits - 1, self.counts.timeouts),
                 ):
-                    program_tree.spread(outputs, scaled, *expansion.of(counter, drawn, shift), most, table)
-                ended = program_tree.follow(outputs, programs, *expansion.of(1, drawn, shift), self.n_bits)
-                joined[drawn].append(ended)
+                    program_tree.spread(outputs, scaled, *expansion.of(what, drawn, shift), most, table)
+                ended = expansion.of(program_tree.ENDED, drawn, shift)
+                self.waiting[self.layer + drawn].append(program_tree.follow(outputs, programs, *ended, self.n_bits))
             lengths = np.frexp(outputs)[1] - 1
-            open_now = expansion.still_open[left].cumsum()  # by the most that may be printed
+            open_now = expansion.still_open[left].cumsum()  # by the most that may have been printed since
             self.counts.depth += int((programs * open_now[self.n_bits - 1 - lengths]).sum())
-        for drawn, parts in joined.items():
-            self.waiting[self.layer + drawn].append(_sum(parts))
-        self.expansions |= expansions
-        self.nodes += nodes
         self.waiting[self.layer] = []
-        self.layer += 1
+        self.layer, self.tasks = self.layer + 1, 0
         if self.layer == self.depth:
             self.counts.depth += int(_sum(self.waiting[self.depth])[1].sum())
+            self.expansions = {}
+
+    def _merge(self) -> None:
+        for tape, parts in self.unmerged.items():
+            parts = [*parts, self.expansions[tape]] if tape in self.expansions else parts
+            counter = _sum([(part.keys, part.counts) for part in parts])
+            self.expansions[tape] = _Expansion(*counter, np.sum([part.still_open for part in parts], axis=0))
+        self.unmerged = {}
+
+    def _settings(self) -> dict[str, Any]:
+        return {"machine": self.machine.identity, "n_bits": self.n_bits, "depth": self.depth, "steps": self.steps}
 
     def save(self, path: Path) -> None:
+        self._merge()
         arrays: dict[str, Any] = {
-            "settings": json.dumps(self.settings),
-            "state": np.array([self.layer, self.nodes, self.counts.depth]),
-            "first": self.counts.first,
-            "loops": self.counts.loops,
-            "timeouts": self.counts.timeouts,
+            "settings": json.dumps(self._settings()),
+            "progress": np.array([self.layer, self.tasks, self.nodes, self.counts.depth]),
+            **{name: getattr(self.counts, name) for name in ("first", "loops", "timeouts")},
         }
         for layer, parts in self.waiting.items():
             arrays[f"keys {layer}"], arrays[f"counts {layer}"] = _sum(parts)
         for tape, expansion in self.expansions.items():
+            arrays[f"keys of {tape}"], arrays[f"counts of {tape}"] = expansion.keys, expansion.counts
             arrays[f"open {tape}"] = expansion.still_open
-            for number, (keys, counts) in enumerate(expansion.counters):
-                arrays[f"keys {tape} {number}"], arrays[f"counts {tape} {number}"] = keys, counts
         write_arrays(path, arrays)
 
     def restore(self, path: Path) -> None:
-        with read_arrays(path, "checkpoint", self.settings) as arrays:
-            self.layer, self.nodes, self.counts.depth = (int(value) for value in arrays["state"])
+        with read_arrays(path, "checkpoint", self._settings()) as arrays:
+            self.layer, self.tasks, self.nodes, self.counts.depth = arrays["progress"].tolist()
             for name in ("first", "loops", "timeouts"):
                 setattr(self.counts, name, arrays[name])
             self.waiting = {n: [(arrays[f"keys {n}"], arrays[f"counts {n}"])] for n in range(self.depth + 1)}
-            for name in arrays:
-                kind, *where = name.split()
-                if kind == "open":
-                    counters = [(arrays[f"keys {where[0]} {n}"], arrays[f"counts {where[0]} {n}"]) for n in range(4)]
-                    self.expansions[int(where[0])] = _Expansion(counters, arrays[name])
+            for tape in [name.removeprefix("open ") for name in arrays if name.startswith("open ")]:
+                self.expansions[int(tape)] = _Expansion(
+                    arrays[f"keys of {tape}"], arrays[f"counts of {tape}"], arrays[f"open {tape}"]
+                )
 
 
-def _expand(
-    machine: BrainPhoque, tapes: list[int], depth: int, steps: int, n_bits: int, pool: ThreadPoolExecutor
-) -> tuple[dict[int, _Expansion], int]:
-    """The expansions of these tapes, and how many nodes that took. Long ones are cut by their first instructions."""
-    from bmojo.universal import program_tree
-
-    ops, weights = program_tree.distinct(machine)
-    cut = min(max(depth - 8, 0), 4)
-
-    def walk(tape: int, depth: int, prefix: tuple[int, ...]) -> Any:
-        first = np.array(prefix, np.int64)
-        return program_tree.expand(tape, machine.cells, ops, weights, depth, steps, n_bits, first)
-
-    tasks = [(tape, cut, ()) for tape in tapes if cut]
-    tasks += [(tape, depth, prefix) for tape in tapes for prefix in itertools.product(range(len(ops)), repeat=cut)]
-    parts: dict[int, list[Any]] = {tape: [] for tape in tapes}
-    nodes = 0
-    for (tape, *_), (visited, counters, still_open) in zip(tasks, pool.map(walk, *zip(*tasks, strict=True)), strict=True):
-        nodes += visited
-        parts[tape].append((counters, np.pad(still_open, ((0, depth + 1 - len(still_open)), (0, 0)))))
-    return {
-        tape: _Expansion([_sum(same) for same in zip(*(part[0] for part in found), strict=True)], sum(part[1] for part in found))
-        for tape, found in parts.items()
-    }, nodes
-
-
-def _sum(parts: list[Counter64] | tuple[Counter64, ...]) -> Counter64:
+def _sum(parts: list[Counter64]) -> Counter64:
     """One counter with the sums of several, its keys sorted."""
     if not parts:
         return np.zeros(0, np.int64), np.zeros(0, np.uint64)
@@ -255,17 +273,22 @@ def write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 @contextmanager
 def read_arrays(path: Path, kind: str, expected: dict[str, Any]) -> Iterator[Any]:
-    """The arrays of an .npz; UniversalError if it is no such file or was made with other than the `expected` settings."""
+    """The arrays of an .npz; UniversalError if it is no such file or was made with other settings than `expected`."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             settings = json.loads(str(arrays["settings"]))
-            other = [f"{name} {settings.get(name)!r} there, {value!r} asked for" for name, value in expected.items() if settings.get(name) != value]
+            other = [
+                f"{name} {settings.get(name)!r} there, {value!r} asked for"
+                for name, value in expected.items()
+                if settings.get(name) != value
+            ]
             if other:
+                differ = "; ".join(other)
                 raise UniversalError(
-                    f"{path} is a {kind} of other settings: {'; '.join(other)}; ask for what it holds, or take another path"
+                    f"{path} is a {kind} of other settings: {differ}; ask for those, take another path, or delete it"
                 )
             yield arrays
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError, TypeError) as error:
         if isinstance(error, UniversalError):
             raise
-        raise UniversalError(f"{path} is no {kind} of bmojo, or is damaged ({error}); make it again") from error
+        raise UniversalError(f"{path} is no {kind} of bmojo, or is damaged; delete it and make it again") from error

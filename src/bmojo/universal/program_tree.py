@@ -14,6 +14,7 @@ from bmojo.universal.machine import BrainPhoque
 
 FLIP, RIGHT, LEFT, OPEN, CLOSE, PRINT, DEFERRED = range(7)
 REQUEST, PRINTED, LOOP, TIMEOUT, FULL = range(5)
+FIRST, ENDED, LOOPED, LATE = range(4)
 UNSET = -1
 ANY = 2  # a bit that may be 0 or 1
 CODES = {"+": FLIP, "-": FLIP, ">": RIGHT, "<": LEFT, "[": OPEN, "]": CLOSE, ".": PRINT}
@@ -94,40 +95,31 @@ def _undo(jump, stack, link, closed, top):
         jump[link] = UNSET
 
 
-# Counters: open addressing, where the key 0 is a free slot
+# A counter: open addressing, where the key 0 is a free slot. At most half of the slots are used.
 
 
 @njit(cache=True, nogil=True)
-def _slot(keys, key):
+def _count(keys, counts, key, by):
+    """Adds to a counter in place; returns whether the key is new."""
     mask = len(keys) - 1
-    slot = ((key * np.int64(-7046029254386353131)) >> 20) & mask
+    mixed = (key ^ (key >> 31)) * np.int64(-7046029254386353131)  # 2^64 over the golden ratio
+    slot = (mixed ^ (mixed >> 32)) & mask
     while keys[slot] != 0 and keys[slot] != key:
         slot = (slot + 1) & mask
-    return slot
-
-
-@njit(cache=True, nogil=True)
-def _count(keys, counts, used, key, by):
-    """Adds to a counter; returns (keys, counts, used), new arrays once half of the slots are used."""
-    slot = _slot(keys, key)
-    if keys[slot] == 0:
-        keys[slot] = key
-        used += 1
+    new = keys[slot] == 0
+    keys[slot] = key
     counts[slot] += by
-    if 2 * used > len(keys):
-        old_keys, old_counts = keys, counts
-        keys, counts = np.zeros(4 * len(old_keys), np.int64), np.zeros(4 * len(old_keys), np.uint64)
-        for old in range(len(old_keys)):
-            if old_keys[old] != 0:
-                slot = _slot(keys, old_keys[old])
-                keys[slot], counts[slot] = old_keys[old], old_counts[old]
-    return keys, counts, used
+    return new
 
 
 @njit(cache=True, nogil=True)
-def _counted(keys, counts):
-    kept = keys != 0
-    return keys[kept], counts[kept]
+def _grown(keys, counts):
+    """The counter with four times the slots."""
+    more, more_counts = np.zeros(4 * len(keys), np.int64), np.zeros(4 * len(keys), np.uint64)
+    for slot in range(len(keys)):
+        if keys[slot] != 0:
+            _count(more, more_counts, keys[slot], counts[slot])
+    return more, more_counts
 
 
 @njit(cache=True, nogil=True)
@@ -137,16 +129,14 @@ def expand(start, cells, ops, weights, depth, steps, n_bits, prefix):
     A path ends where no bracket is open any more, where it has printed n_bits, or where it loops or times out. Only
     nodes below `prefix` count, the indices into `ops` of the first instructions.
 
-    Returns the number of nodes visited, four counters (keys, counts), and uint64 [depth + 1, n_bits], the nodes with
-    open brackets by instructions and bits printed. The counters: outputs where they are first reached; nodes where no
-    bracket is open any more; loops; time-outs. A key is instructions << (cells + n_bits + 1) | tape << (n_bits + 1) |
-    output, with the tape of the second counter only. Costs about 30 ns a node.
+    Returns keys, counts and uint64 [depth + 1, n_bits], the nodes with open brackets by instructions and bits printed;
+    and how many nodes were visited. A key is, from the lowest bits: the output (n_bits + 1 bits), the tape (`cells`; 0
+    unless ENDED), the number of instructions (5) and what happened then: FIRST, the output was reached; ENDED, no
+    bracket is open any more; LOOPED; LATE. Costs about 150 ns a node.
     """
     over = n_bits + 1
-    first, first_n, first_used = np.zeros(256, np.int64), np.zeros(256, np.uint64), 0
-    ended, ended_n, ended_used = np.zeros(256, np.int64), np.zeros(256, np.uint64), 0
-    loops, loops_n, loops_used = np.zeros(256, np.int64), np.zeros(256, np.uint64), 0
-    late, late_n, late_used = np.zeros(256, np.int64), np.zeros(256, np.uint64), 0
+    shift = cells + over
+    keys, counts, used = np.zeros(1024, np.int64), np.zeros(1024, np.uint64), 0
     still_open = np.zeros((depth + 1, n_bits), np.uint64)
     nodes = 0
     code, jump, stack = np.empty(depth, np.int64), np.empty(depth, np.int64), np.empty(depth, np.int64)
@@ -163,12 +153,13 @@ def expand(start, cells, ops, weights, depth, steps, n_bits, prefix):
                 _undo(jump, stack, links[level], closes[level], tops[level - 1])
             level -= 1
             continue
+        if 2 * (used + over) > len(keys):  # a node adds n_bits + 1 keys at most
+            keys, counts = _grown(keys, counts)
         which = prefix[level] if given else choice[level]
         choice[level] += 1
         by = weight[level] * weights[which]
         tape, output, length = tapes[level], outputs[level], lengths[level]
         top, closed = _extend(code, jump, stack, ops[which], level, tops[level], tape)
-        key = (level + 1) << (cells + over)
         nodes += not given
         at, taken, link, event = level, 0, UNSET, PRINTED
         while event == PRINTED:
@@ -176,7 +167,7 @@ def expand(start, cells, ops, weights, depth, steps, n_bits, prefix):
             if event == PRINTED:
                 output, length = (output << 1) | (tape & 1), length + 1
                 if not given:
-                    first, first_n, first_used = _count(first, first_n, first_used, key | output, by)
+                    used += _count(keys, counts, ((FIRST << 5 | level + 1) << shift) | output, by)
                 if length == n_bits:
                     event = FULL
         if event == REQUEST and top > 0:
@@ -188,17 +179,13 @@ def expand(start, cells, ops, weights, depth, steps, n_bits, prefix):
                 tops[level], weight[level], choice[level] = top, by, 0
                 links[level], closes[level] = link, closed
                 continue
-        elif not given:
-            if event == REQUEST:
-                key |= tape << over
-                ended, ended_n, ended_used = _count(ended, ended_n, ended_used, key | output, by)
-            elif event == LOOP:
-                loops, loops_n, loops_used = _count(loops, loops_n, loops_used, key | output, by)
-            elif event == TIMEOUT:
-                late, late_n, late_used = _count(late, late_n, late_used, key | output, by)
+        elif not given and event != FULL:
+            what = ENDED if event == REQUEST else LOOPED if event == LOOP else LATE
+            seen = tape << over if event == REQUEST else 0
+            used += _count(keys, counts, ((what << 5 | level + 1) << shift) | seen | output, by)
         _undo(jump, stack, link, closed, tops[level])
-    counters = _counted(first, first_n), _counted(ended, ended_n), _counted(loops, loops_n), _counted(late, late_n)
-    return nodes, counters, still_open
+    kept = keys != 0
+    return keys[kept], counts[kept], still_open, nodes
 
 
 @njit(cache=True, nogil=True)
@@ -220,7 +207,7 @@ def follow(outputs, counts, keys, key_counts, n_bits):
     """A counter of tape and output, tape << (n_bits + 1) | output: counts[i] * key_counts[j] for outputs[i] followed by
     the output of keys[j], if that has fewer than n_bits, on the tape of keys[j]."""
     over = n_bits + 1
-    joined, joined_n, used = np.zeros(256, np.int64), np.zeros(256, np.uint64), 0
+    joined, joined_counts, used = np.zeros(1024, np.int64), np.zeros(1024, np.uint64), 0
     for j in range(len(keys)):
         tape, word = keys[j] >> over, keys[j] & ((1 << over) - 1)
         length = 0
@@ -230,14 +217,16 @@ def follow(outputs, counts, keys, key_counts, n_bits):
         for i in range(len(outputs)):
             output = (outputs[i] << length) | bits
             if output >> n_bits == 0:
-                key = (tape << over) | output
-                joined, joined_n, used = _count(joined, joined_n, used, key, counts[i] * key_counts[j])
-    return _counted(joined, joined_n)
+                if 2 * (used + 1) > len(joined):
+                    joined, joined_counts = _grown(joined, joined_counts)
+                used += _count(joined, joined_counts, (tape << over) | output, counts[i] * key_counts[j])
+    kept = joined != 0
+    return joined[kept], joined_counts[kept]
 
 
 @njit(cache=True, nogil=True)
 def dovetail(cells, ops, weights, costs, gains, steps, data, table):
-    """Every program whose first l instructions bring it to a new bit within steps[l] steps, for l below len(steps).
+    """Every program whose first l instructions bring it to a new bit within steps[l] steps, l = 1 .. len(steps) - 1.
 
     data [n] is what they must print, with ANY where either bit will do. table [2^(n+1)] or [1]: where a program first
     prints an output after t steps, gains[i] * weight is added, i the least with 2^i >= costs[l] * t; none with [1].
@@ -253,9 +242,8 @@ def dovetail(cells, ops, weights, costs, gains, steps, data, table):
     tapes, outputs, lengths = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.int64)
     tops, weight, choice = np.empty(most, np.int64), np.empty(most, np.float64), np.empty(most, np.int64)
     times, links, closes = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.int64)
-    level = 0 if most else -1
-    if most:
-        tapes[0], outputs[0], lengths[0], tops[0], weight[0], choice[0], times[0] = 0, 1, 0, 0, 1.0, 0, 0
+    tapes[0], outputs[0], lengths[0], tops[0], weight[0], choice[0], times[0] = 0, 1, 0, 0, 1.0, 0, 0
+    level = 0
     while level >= 0:
         if choice[level] == len(ops):
             if level > 0:

@@ -27,7 +27,7 @@ from bmojo.universal.enumeration import Counts, Progress, count, count_plainly, 
 from bmojo.universal.machine import BrainPhoque, Machine, get_machine
 
 FORMAT = 1
-MOST_BITS = 24
+MOST_BITS = 20  # 20 + 1 bits of output, 32 of tape, 5 + 2 of the rest are a key
 PLAIN_DEPTH = 6  # to which depth plain Python is an answer where numba is missing
 
 String = str | np.ndarray | list[int] | tuple[int, ...]
@@ -51,7 +51,7 @@ class Conditional(NamedTuple):
     supported: bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SolomonoffTable:
     """M_{D,T} of a machine on all strings to `n_bits` bits, D = `depth`, T = `steps`; made by `build` or `load`.
 
@@ -121,14 +121,16 @@ class SolomonoffTable:
 
     @classmethod
     def load(cls, path: str | Path, **expected: Any) -> SolomonoffTable:
-        """A saved table; UniversalError if it is damaged, or its machine, n_bits, depth or steps is not as `expected`."""
+        """A saved table; UniversalError if it is damaged, or its machine, n_bits, depth or steps not as `expected`."""
         with read_arrays(Path(path), "table", {"format": FORMAT, **expected}) as arrays:
             settings = json.loads(str(arrays["settings"]))
             counts = Counts(arrays["first"], arrays["loops"], arrays["timeouts"], int(arrays["depth"]))
         del settings["format"]
         table = cls(**settings, counts=counts)
         if sum(table.mass().values()) != table.total:
-            raise UniversalError(f"{path} is a damaged table: its mass is {sum(table.mass().values())} of {table.total}")
+            raise UniversalError(
+                f"{path} is a damaged table: its mass is {sum(table.mass().values())} of {table.total}"
+            )
         return table
 
     @property
@@ -198,15 +200,19 @@ class SolomonoffTable:
         )
 
     @cached_property
+    def predictions(self) -> list[np.ndarray]:
+        """For t = 0 .. n_bits - 1, M_norm(1 | x) of all strings x of t bits in lexicographic order, float64 [2^t]."""
+        pairs = [level.reshape(-1, 2).astype(np.float64) for level in self.levels()[1:]]
+        known = [pair.sum(1) for pair in pairs]
+        return [
+            np.divide(pair[:, 1], mass, out=np.full(len(mass), 0.5), where=mass > 0)
+            for pair, mass in zip(pairs, known, strict=True)
+        ]
+
+    @cached_property
     def measure(self) -> np.ndarray:
         """M_norm of all strings of n_bits bits in lexicographic order, float64 [2^n_bits], sums to 1."""
-        measure = np.ones(1)
-        for level in self.levels()[1:]:
-            pairs = level.reshape(-1, 2).astype(np.float64)
-            known = pairs.sum(1, keepdims=True)
-            next_bit = np.divide(pairs, known, out=np.full_like(pairs, 0.5), where=known > 0)
-            measure = (measure[:, None] * next_bit).ravel()
-        return measure
+        return _measure(self.predictions)
 
     def log2_probability(self, x: String) -> float:
         """log2 M_norm(x), at most n_bits bits; finite only if M_norm(x) > 0."""
@@ -221,15 +227,14 @@ class SolomonoffTable:
         known = self.measure[self.measure > 0]
         return float(-(known * np.log2(known)).sum())
 
-    def divergence(self, measure: np.ndarray, uniform: float = 0.0) -> float:
-        """KL(M_norm || q) in bits over strings of n_bits bits, q a measure on them in lexicographic order (such as that
-        of another table), mixed with the given share of the uniform one so that q is nowhere 0."""
-        if measure.shape != self.measure.shape:
-            raise UniversalError(f"a measure on {self.n_bits} bits has {len(self.measure)} values, got {measure.shape}")
-        other = (1 - uniform) * measure + uniform * 2.0**-self.n_bits
+    def divergence(self, other: SolomonoffTable, uniform: float = 1e-3) -> float:
+        """KL(M_norm || q) in bits over strings of n_bits bits, where q predicts (1 - uniform) M_norm'(1 | x) +
+        uniform / 2 with the M_norm' of another table, so that q is nowhere 0. Not 0 for the table itself."""
+        if other.n_bits != self.n_bits:
+            raise UniversalError(f"a table of {self.n_bits} bits can't be set against one of {other.n_bits}")
+        q = _measure([(1 - uniform) * one + uniform / 2 for one in other.predictions])
         at = self.measure > 0
-        with np.errstate(divide="ignore"):
-            return float((self.measure[at] * np.log2(self.measure[at] / other[at])).sum())
+        return float((self.measure[at] * np.log2(self.measure[at] / q[at])).sum())
 
     def coverage(self) -> list[int]:
         """For t = 0 .. n_bits, how many of the 2^t strings some program prints."""
@@ -241,3 +246,11 @@ class SolomonoffTable:
         counts = self.levels()[length]
         best = np.argsort(counts, kind="stable")[::-1][:k]
         return [(f"{x:0{length}b}", int(counts[x]) / self.total) for x in best]
+
+
+def _measure(predictions: list[np.ndarray]) -> np.ndarray:
+    """The measure on strings that has these P(1 | x)."""
+    measure = np.ones(1)
+    for one in predictions:
+        measure = (measure[:, None] * np.stack([1 - one, one], axis=1)).ravel()
+    return measure

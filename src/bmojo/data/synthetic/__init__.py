@@ -23,6 +23,7 @@ from bmojo.data.synthetic.needle import Needle
 from bmojo.data.synthetic.phone_book import PhoneBook
 from bmojo.data.synthetic.recall import InContextRecall, NoisyRecall
 from bmojo.data.synthetic.task import EVALUATION, NO_ANSWER, Task
+from bmojo.data.synthetic.universal import Universal
 from bmojo.errors import DataError, nearest
 
 TASKS: dict[str, type[Task]] = {
@@ -40,6 +41,7 @@ TASKS: dict[str, type[Task]] = {
     "drift": Drift,
     "markov_tree": MarkovTree,
     "linear_gaussian": LinearGaussian,
+    "universal": Universal,
 }
 
 # MAD's harder settings (arXiv 2403.17844), each a change of one setting of the baseline, which is the default. Beside

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,16 @@ from bmojo.data.synthetic.task import Batch, Task, next_symbols
 
 STATES = 4  # of the largest system; smaller ones have zeros there
 _erfc = np.frompyfunc(math.erfc, 1, 1)
+
+
+class Systems(NamedTuple):
+    """The matrices of each row, and the covariance of the stationary state, P = A P A' + Q."""
+
+    A: np.ndarray  # [rows, 4, 4]
+    Q: np.ndarray  # [rows, 4, 4]
+    C: np.ndarray  # [rows, 4]
+    s: np.ndarray  # [rows]
+    P: np.ndarray  # [rows, 4, 4]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +72,8 @@ class LinearGaussian(Task):
         width = 2 * self.span / self.bins
         return -self.span + width * (np.arange(self.bins) + 0.5)
 
-    def systems(self, number: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """A [rows, 4, 4], Q [rows, 4, 4], C [rows, 4], s [rows] and P = A P A' + Q, of the sources of a batch."""
+    def systems(self, number: int, rows: int) -> Systems:
+        """The sources of a batch."""
         return self._systems(self.generator(number), rows)
 
     def outputs(self, number: int, rows: int) -> np.ndarray:
@@ -108,7 +119,7 @@ class LinearGaussian(Task):
         low, high = np.where(swap, -high, low), np.where(swap, -low, high)
         return (_erfc(-high) - _erfc(-low)).astype(np.float64) / 2
 
-    def _systems(self, draw: np.random.Generator, rows: int) -> tuple[np.ndarray, ...]:
+    def _systems(self, draw: np.random.Generator, rows: int) -> Systems:
         states = draw.integers(2, STATES + 1, rows)
         has = np.arange(STATES) < states[:, None]
         least, most = self.inner**2, self.radius**2
@@ -128,7 +139,7 @@ class LinearGaussian(Task):
         Q = B @ B.swapaxes(1, 2)
         P = np.linalg.solve(np.eye(STATES**2) - kron, Q.reshape(rows, -1, 1)).reshape(A.shape)
         C *= np.sqrt((1 - s) / np.einsum("ri,rij,rj->r", C, P, C))[:, None]
-        return A, Q, C, s, P
+        return Systems(A, Q, C, s, P)
 
 
 def _apply(matrices: np.ndarray, vectors: np.ndarray) -> np.ndarray:
