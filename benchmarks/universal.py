@@ -1,7 +1,7 @@
 """The family of `bmojo compare` at 100k parameters each against the best predictors there are.
 
-    python benchmarks/universal.py --out docs/results/universal --work runs/universal
-        [--sources markov_tree ...] [--models bmojo ...] [--seeds 0 1 2] [--steps 512] [--learning-rate 4e-3]
+    python benchmarks/universal.py --out docs/results/universal --work runs/universal [--sources markov_tree ...]
+        [--models bmojo ...] [--seeds 0 1 2] [--steps 512] [--learning-rate 4e-3] [--window 8] [--train-only]
 
 Trains each model on fresh sequences of each source, scores it at powers of two of steps, and writes the report of all
 that is finished under `--work`. What is finished is not done again, and what was stopped goes on.
@@ -15,6 +15,7 @@ systems, against the Kalman filter that knows the system. Every figure is in bit
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import sys
@@ -33,11 +34,10 @@ from bmojo.config import ModelConfig
 from bmojo.data.synthetic import EVALUATION, Task, make_task, task_record
 from bmojo.data.synthetic.linear_gaussian import LinearGaussian
 from bmojo.data.synthetic.markov_tree import MarkovTree
-from bmojo.figures import draw, make_picture, new_figure, token_axis, write_pictures
+from bmojo.figures import Picture, draw, make_picture, new_figure, token_axis, write_pictures
 from bmojo.files import write_whole
 from bmojo.nn.count import parameters
 from bmojo.nn.model import BMojoLM
-from bmojo.sweep.report import T95
 from bmojo.tables import Cell, Column, Table, markdown
 from bmojo.train import TrainSettings, train
 from bmojo.train.machine import machine
@@ -49,6 +49,8 @@ from bmojo.universal.kt import KT
 from bmojo.universal.table import SolomonoffTable
 
 SEQUENCES = {"curve": 128, "final": 512}  # each of a source of its own, that a model is scored on
+BEYOND = 4  # times the length trained on that models are also read at
+BASE = "bmojo_f"  # what the others are compared with, source by source: `bmojo` is the same with eidetic slots
 DEPTH, STEPS, BITS = 13, 1024, 16  # of the table, and of the programs that models are trained on
 
 
@@ -87,7 +89,7 @@ class Source:
     def references(self, sequences: int) -> dict[str, Any]:
         """Predictors to set beside the models."""
         if not isinstance(self.task, LinearGaussian):
-            return {"uniform": Uniform(), "KT": KT(), "CTW-4": CTW(4), "CTW-8": CTW(8)}
+            return {"uniform": Uniform(), "KT": KT(), **{f"CTW-{depth}": CTW(depth) for depth in (1, 2, 4, 8)}}
         still = self.task.probabilities(np.zeros(1), np.ones(1))
         from_bins = self.task.predictions(EVALUATION, sequences, quantised=True)
         return {
@@ -163,120 +165,166 @@ def run(source: str, name: str, seed: int, options: argparse.Namespace) -> None:
     write_whole(folder / "scores.json", (json.dumps(report) + "\n").encode())
 
 
-def report(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
+Runs = dict[str, dict[str, list[dict[str, Any]]]]  # by source and model, one a seed
+
+
+def report(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Write OUT/results.json, table.md and figures of all runs that are finished."""
-    sources = [name for name in SOURCES if any(run["source"] == name for run in runs)]
-    references = {}
-    for name in sources:
-        spec, sequences = SOURCES[name], SEQUENCES["final"]
-        gaps = {of: spec.gap(it, options.work, sequences) for of, it in spec.references(sequences).items()}
-        references[name] = {of: {"total": gap.total, "positions": gap.positions} for of, gap in gaps.items()}
-    of_source = {name: [run for run in runs if run["source"] == name] for name in sources}
-    columns = []
-    for name in sources:
-        cells = {model: mean([run["final"] for run in found]) for model, found in by_model(of_source[name]).items()}
-        best = {of: (gap["total"], 0.0) for of, gap in references[name].items()}
-        texts = {
-            model: Cell(value, f"{value:.3f}" + (f" ± {half:.3f}" if half else ""), value - half, value + half)
-            for model, (value, half) in {**cells, **best}.items()
+    runs: Runs = {
+        source: {
+            model: mine
+            for model in presets.COMPARED
+            if (mine := [run for run in found if (run["source"], run["model"]) == (source, model)])
         }
-        columns.append(Column(name, (f"{SOURCES[name].title}, bits over", SOURCES[name].reference), texts, None))
-    rows = [*presets.COMPARED, *dict.fromkeys(of for name in sources for of in references[name])]
-    table = markdown(Table(rows, columns))
-    pairs = {name: paired(of_source[name], "bmojo", "bmojo_f") for name in sources}
-    kept = [{key: value for key, value in run.items() if key != "config"} for run in runs]
-    for run in kept:
-        final = run["final"]
-        final["positions"] = np.round(final["positions"], 5).tolist()
-        del final["totals"]
+        for source in SOURCES
+        if any(run["source"] == source for run in found)
+    }
+    sequences = SEQUENCES["final"]
+    references = {
+        source: {
+            name: SOURCES[source].gap(predictor, options.work, sequences)
+            for name, predictor in SOURCES[source].references(sequences).items()
+        }
+        for source in runs
+    }
+    text = (
+        f"# Bits more than the best predictor needs, a sequence\n\n{gaps_table(runs, references)}\n\n"
+        f"# Bits more than `{BASE}` needs of the same sequences, by seed\n\n{pairs_table(runs)}\n\n"
+        f"# Bits a symbol, to {BEYOND} times the length trained on\n\n{beyond_table(runs, options.work)}\n"
+    )
+    for run in found:
+        del run["config"], run["final"]["totals"]
+        run["final"]["positions"] = np.round(run["final"]["positions"], 5).tolist()
     results = {
         "command": "python benchmarks/universal.py " + shlex.join(sys.argv[1:]), "sequences": SEQUENCES,
-        "tasks": {name: task_record(SOURCES[name].task) for name in sources},
-        "references": {name: {of: gap["total"] for of, gap in references[name].items()} for name in sources},
-        "bmojo less bmojo_f": pairs, "runs": kept,
+        "tasks": {source: task_record(SOURCES[source].task) for source in runs},
+        "references": {source: {of: gap.total for of, gap in gaps.items()} for source, gaps in references.items()},
+        "runs": found,
     }  # fmt: skip
     write_whole(options.out / "results.json", (json.dumps(results) + "\n").encode())
-    write_whole(
-        options.out / "table.md", f"# Bits more than the best predictor needs, a sequence\n\n{table}\n".encode()
+    write_whole(options.out / "table.md", text.encode())
+    write_pictures(options.out / "figures", [by_context(runs, references), by_training(runs, references)])
+    print(text)
+
+
+def gaps_table(runs: Runs, references: dict[str, dict[str, Gap]]) -> str:
+    """Mean over the seeds, half of its 95 % interval over the sources, and the least and the most of several seeds."""
+    columns = []
+    for source, models in runs.items():
+        totals = {model: np.array([run["final"]["totals"] for run in mine]) for model, mine in models.items()}
+        totals |= {of: gap.totals[None] for of, gap in references[source].items()}
+        cells = {}
+        for model, of in totals.items():
+            seeds = of.mean(1)
+            apart = f" ({seeds.min():.2f} to {seeds.max():.2f})" if len(seeds) > 1 else ""
+            cells[model] = Cell(float(of.mean()), with_interval(of.mean(0)) + apart, 0, 0)
+        spec = SOURCES[source]
+        columns.append(Column(source, (f"{spec.title}: bits over", spec.reference), cells, None))
+    rows = [*presets.COMPARED, *dict.fromkeys(of for gaps in references.values() for of in gaps)]
+    return markdown(Table(rows, columns))
+
+
+def pairs_table(runs: Runs) -> str:
+    """By seed: the gap of a model less that of BASE, with half of the 95 % interval over the sources."""
+    columns = []
+    for source, models in runs.items():
+        base = {run["seed"]: np.array(run["final"]["totals"]) for run in models.get(BASE, [])}
+        cells = {}
+        for model, mine in models.items():
+            apart = [np.array(run["final"]["totals"]) - base[run["seed"]] for run in mine if run["seed"] in base]
+            if apart and model != BASE:
+                cells[model] = Cell(0, "; ".join(with_interval(each, "+") for each in apart), 0, 0)
+        columns.append(Column(source, (SOURCES[source].title,), cells, None))
+    return markdown(Table([model for model in presets.COMPARED if model != BASE], columns))
+
+
+def beyond_table(runs: Runs, work: Path) -> str:
+    """Mean gap a symbol in the second half of the length n trained on, from n to 2n, and from there to BEYOND n."""
+    columns = []
+    for source, models in runs.items():
+        spec = SOURCES[source]
+        if isinstance(spec.task, MarkovTree | LinearGaussian):  # the table has no more bits
+            n, cells = spec.task.length, {}
+            for model, mine in models.items():
+                each = np.mean([beyond(run, work) for run in mine], axis=0)
+                parts = [each[n // 2 : n], each[n : 2 * n], each[2 * n :]]
+                cells[model] = Cell(0, ", ".join(f"{part.mean():.4f}" for part in parts), 0, 0)
+            columns.append(
+                Column(source, (f"{spec.title}: {n // 2} to {n},", f"to {2 * n}, to {BEYOND * n}"), cells, None)
+            )
+    return markdown(Table(list(presets.COMPARED), columns))
+
+
+def beyond(run: dict[str, Any], work: Path) -> np.ndarray:
+    """The gap at each position of longer sequences of the same source; it is kept with the run."""
+    folder = work / run["source"] / f"{run['model']}-{run['seed']}"
+    kept = folder / "beyond.json"
+    if not kept.exists():
+        spec = SOURCES[run["source"]]
+        spec = dataclasses.replace(spec, task=dataclasses.replace(spec.task, length=BEYOND * spec.task.length))
+        gap = spec.gap(spec.in_context(BMojoLM.load(folder / "model")), work, SEQUENCES["curve"])
+        write_whole(kept, json.dumps(gap.positions.tolist()).encode())
+    return np.array(json.loads(kept.read_text()))
+
+
+def with_interval(values: np.ndarray, sign: str = "") -> str:
+    """The mean of what each source gave, and half of its 95 % interval; exact expectations have one value and none."""
+    mean = f"{values.mean():{sign}.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {1.96 * values.std(ddof=1) / np.sqrt(len(values)):.2f}"
+
+
+LINES: dict[str, dict[str, Any]] = {
+    of: {"color": colour, "linestyle": style, "linewidth": 1.2, "zorder": 1}
+    for of, colour, style in (
+        ("uniform", "#bbbbbb", ":"), ("KT", "#bbbbbb", "-"), ("CTW-1", "#999999", "-."), ("CTW-2", "#999999", "--"),
+        ("CTW-4", "#555555", "-."), ("CTW-8", "#555555", "--"), ("marginal", "#555555", ":"), ("AR", "#555555", "-"),
+        ("Kalman, bins", "#bbbbbb", "--"),
     )
-    write_pictures(options.out / "figures", [by_context(of_source, references), by_training(of_source, references)])
-    print(table, json.dumps(pairs, indent=1), sep="\n\n")
+}  # fmt: skip
 
 
-def by_model(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    return {name: found for name in presets.COMPARED if (found := [run for run in runs if run["model"] == name])}
-
-
-def mean(finals: list[dict[str, Any]]) -> tuple[float, float]:
-    """Mean and half of the 95 % interval: over the seeds, or, if there is but one, over the sources."""
-    totals = np.array([final["total"] for final in finals])
-    if len(totals) > 1:
-        return float(totals.mean()), float(T95[len(totals) - 2] * totals.std(ddof=1) / np.sqrt(len(totals)))
-    of_sources = np.array(finals[0]["totals"])
-    return float(totals[0]), half_width(of_sources)
-
-
-def half_width(values: np.ndarray) -> float:
-    return 0.0 if len(values) == 1 else float(1.96 * values.std(ddof=1) / np.sqrt(len(values)))
-
-
-def paired(runs: list[dict[str, Any]], one: str, other: str) -> list[dict[str, float]]:
-    """By seed: the gap of a model less that of another on the same sources, with half of its 95 % interval."""
-    totals = {(run["model"], run["seed"]): np.array(run["final"]["totals"]) for run in runs}
-    seeds = sorted(
-        {seed for model, seed in totals if model == one} & {seed for model, seed in totals if model == other}
-    )
-    apart = {seed: totals[one, seed] - totals[other, seed] for seed in seeds}
-    return [{"seed": seed, "bits": float(d.mean()), "ci95": half_width(d)} for seed, d in apart.items()]
-
-
-LINES = {
-    "uniform": ":",
-    "marginal": ":",
-    "KT": "-.",
-    "AR": "-.",
-    "CTW-4": "--",
-    "Kalman, bins": "--",
-    "CTW-8": (0, (5, 4)),
-}
-
-
-def by_context(runs: dict[str, list], references: dict[str, dict]) -> Any:
+def by_context(runs: Runs, references: dict[str, dict[str, Gap]]) -> Picture:
     """The gap at each position, the mean in windows that grow with it."""
     figure, axes = new_figure(len(runs), columns=3)
-    for axis, name in zip(axes, runs, strict=True):
-        length = SOURCES[name].task.length
-        ends = np.unique(np.round(2 ** np.arange(0, np.log2(length) + 0.01, 0.5)).astype(int))
+    for axis, (source, models) in zip(axes, runs.items(), strict=True):
+        spec, gaps = SOURCES[source], references[source]
+        ends = np.unique(np.round(2 ** np.arange(0, np.log2(spec.task.length) + 0.01, 0.5)).astype(int))
+        starts = [0, *ends[:-1]]
 
-        def points(positions: Any, ends: np.ndarray = ends) -> list[tuple[float, float]]:
-            starts = [0, *ends[:-1]]
-            return [(end, float(np.mean(positions[start:end]))) for start, end in zip(starts, ends, strict=True)]
+        def points(positions: np.ndarray, starts: list[int] = starts, ends: np.ndarray = ends) -> Any:
+            return [(end, positions[start:end].mean()) for start, end in zip(starts, ends, strict=True)]
 
-        for of, gap in references[name].items():
-            if max(gap["positions"]) > 0:
-                axis.plot(*zip(*points(gap["positions"]), strict=True), color="#999999", linestyle=LINES[of], label=of)
-        for model, found in by_model(runs[name]).items():
-            draw(axis, model, points(np.mean([run["final"]["positions"] for run in found], axis=0)), markersize=3.5)
-        axis.set_title(SOURCES[name].title, fontsize=10)
-        axis.set_yscale("log")
-        token_axis(axis, "symbols of context")
-        axis.set_ylabel(f"bits a symbol over {SOURCES[name].reference}", fontsize=9)
+        for of, gap in gaps.items():
+            axis.plot(*zip(*points(gap.positions), strict=True), label=of, **LINES[of])
+        for model, mine in models.items():
+            positions = np.mean([run["final"]["positions"] for run in mine], axis=0)
+            draw(axis, model, points(positions), markersize=3.5)
+        most = max(gap.positions.max() for gap in gaps.values())
+        _finish(axis, source, "place in the sequence", f"bits a symbol over {spec.reference}", most / 1000, most)
     return make_picture(figure, axes, "context", "Gap against context length.")
 
 
-def by_training(runs: dict[str, list], references: dict[str, dict]) -> Any:
+def by_training(runs: Runs, references: dict[str, dict[str, Gap]]) -> Picture:
     figure, axes = new_figure(len(runs), columns=3)
-    for axis, name in zip(axes, runs, strict=True):
-        for model, found in by_model(runs[name]).items():
-            steps = zip(*(run["curve"] for run in found), strict=True)
-            draw(axis, model, [(at[0]["sequences"], np.mean([a["total"] for a in at])) for at in steps], markersize=3.5)
-        for of, gap in references[name].items():
-            axis.axhline(gap["total"], color="#999999", linestyle=LINES[of], label=of)
-        axis.set_title(SOURCES[name].title, fontsize=10)
-        axis.set_yscale("log")
-        token_axis(axis, "training sequences")
-        axis.set_ylabel(f"bits a sequence over {SOURCES[name].reference}", fontsize=9)
+    for axis, (source, models) in zip(axes, runs.items(), strict=True):
+        totals = [gap.total for gap in references[source].values()]
+        for of, gap in references[source].items():
+            axis.axhline(gap.total, label=of, **LINES[of])
+        for model, mine in models.items():
+            steps = zip(*(run["curve"] for run in mine), strict=True)
+            points = [(at[0]["sequences"], np.mean([each["total"] for each in at])) for at in steps]
+            draw(axis, model, points, markersize=3.5)
+        label, least = f"bits a sequence over {SOURCES[source].reference}", max(min(totals), max(totals) / 400)
+        _finish(axis, source, "training sequences", label, least / 1.5, max(totals))
     return make_picture(figure, axes, "training", "Gap against training size.")
+
+
+def _finish(axis: Any, source: str, x: str, y: str, least: float, most: float) -> None:
+    axis.set_title(SOURCES[source].title, fontsize=10)
+    axis.set_yscale("log", nonpositive="mask")
+    axis.set_ylim(least, 1.5 * most)
+    token_axis(axis, x)
+    axis.set_ylabel(y, fontsize=9)
 
 
 def main() -> None:
@@ -288,13 +336,18 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--window", type=int, help="instead of the window of each source; give other --out and --work")
+    parser.add_argument("--train-only", action="store_true", help="no report: for one of several processes")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.window:
+        SOURCES.update({name: dataclasses.replace(spec, window=options.window) for name, spec in SOURCES.items()})
     for seed in options.seeds:
         for source in options.sources:
             for name in options.models:
                 run(source, name, seed, options)
-    report([json.loads(path.read_text()) for path in sorted(options.work.glob("*/*/scores.json"))], options)
+    if not options.train_only:
+        report([json.loads(path.read_text()) for path in sorted(options.work.glob("*/*/scores.json"))], options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +30,16 @@ def test_prints_draws_and_writes(run_folder, text, bmojo, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
     code, printed, _ = bmojo("diagnose", run_folder, "--text", text, "--lags", "1,4,64", "--json")
     assert json.loads(printed) == json.loads(out.read_text())
+
+
+def test_the_commands_of_the_docs_run(run_folder, text, bmojo, tmp_path, monkeypatch):
+    docs = (Path(__file__).parents[2] / "docs/diagnose.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", docs, flags=re.MULTILINE | re.DOTALL)
+    for line in block.splitlines():
+        _, *arguments = shlex.split(line.replace("FOLDER", str(run_folder)).replace("TEXT", str(text)))
+        assert bmojo(*arguments)[::2] == (0, ""), line
+    assert {path.name for path in tmp_path.iterdir()} == {"errors.png", "errors.json"}
 
 
 def test_tells_what_the_library_finds(run_folder, text, bmojo):
@@ -82,6 +95,9 @@ def probes(fails, share=0.01):
         ((False, True), 4, "so it lacks memory, at lags 5 to 16: 2.000 % of their variance (95 % interval 0.000 to"),
         ((True, False), 4, "what came before them does not predict its errors"),
         ((True, False), 4, "so it lacks training or size, at lags 1 to 4: 1.000 %"),
+        ((True, True), 4, "so memory would help, at lags 5 to 16: 2.000 %"),
+        ((True, True), 4, "what it knows predicts its errors, so training or size would help, at lags 1 to 4"),
+        ((True, True), 9, "from the text before, its errors are predictable at lags 1 to 16, most at 5 to 16: 2.000 %"),
         ((True, True), None, "no lag is out of this model's reach"),
     ],
 )

@@ -24,6 +24,7 @@ SMALL = {
     "lookup": {"length": 300, "facts": 3, "digits": 3, "form": "documents"},
     "induction": {"length": 33},
     "drift": {"length": 128, "keys": 4, "hazard": 0.4},
+    "universal": {"length": 64},
     "markov_tree": {"length": 64, "depth": 4},
     "linear_gaussian": {"length": 24},
 }

@@ -30,7 +30,7 @@ def diagnose(
         str | None,
         typer.Option(help="Where bands of lags end; 1,4,16,64,256,1024,4096 as far as the text goes if left out."),
     ] = None,
-    channels: Annotated[int, typer.Option(min=1, max=64, help="Numbers that a token's error is projected to.")] = 16,
+    channels: Annotated[int, typer.Option(min=1, max=64, help="Numbers that a token's error is projected to.")] = 8,
     features: Annotated[
         str, typer.Option(help="What a token is: its 'embedding' in the model, or 'one-hot' (of a small vocabulary).")
     ] = "embedding",
@@ -110,18 +110,27 @@ def in_words(found: Diagnosis, reach: int | None) -> list[str]:
     found_beyond = [(band, probe) for name in ("the text before", "repeats") for band, probe in failing[name]]
     beyond, within = ([entry for entry in found_beyond if (entry[0][0] > reach) == far] for far in (True, False))
     knows = f"the model knows the last {reach:,} tokens"
-    words.append(f"{knows}: what came before them predicts its errors, so it lacks memory, {_best(beyond)}" if beyond
+    memory = "so memory would help" if within else "so it lacks memory"
+    words.append(f"{knows}: what came before them predicts its errors, {memory}, {_best(beyond)}" if beyond
                  else f"{knows}: what came before them does not predict its errors")  # fmt: skip
-    words.append(f"what it knows predicts its errors, so it lacks training or size, {_best(within)}" if within
+    rest = "so training or size would help" if beyond else "so it lacks training or size"
+    words.append(f"what it knows predicts its errors, {rest}, {_best(within)}" if within
                  else "what it knows does not predict its errors")  # fmt: skip
     return words
 
 
 def _best(fails: list[tuple[Band, Probe]]) -> str:
-    (first, last), probe = max(fails, key=lambda entry: entry[1].share)
+    """Where, and the largest share with its interval."""
+    runs: list[list[int]] = []
+    for first, last in sorted({band for band, _ in fails}):
+        if runs and first == runs[-1][1] + 1:
+            runs[-1][1] = last
+        else:
+            runs.append([first, last])
+    band, probe = max(fails, key=lambda entry: entry[1].share)
+    where = " and ".join(_lags((first, last)) for first, last in runs)
+    most = "" if list(band) == runs[0] else f", most at {_lags(band)}"
     low, high = probe.ci95
-    where = ", ".join(dict.fromkeys(_lags(band) for band, _ in sorted(fails, key=lambda entry: entry[0])))
-    most = f", most at {_lags((first, last))}" if len(fails) > 1 else ""
     return (
         f"at lags {where}{most}: {_percent(probe.share)} % of their variance "
         f"(95 % interval {_percent(low)} to {_percent(high)})"

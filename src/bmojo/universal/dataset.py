@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +20,9 @@ class UniversalDataset(IterableDataset):
     """Endless batches of what random programs print; for `DataLoader(dataset, batch_size=None, num_workers=...)`.
 
     Each item is a dict of int64 tensors [rows, length]: `input_ids`, the start token 2 and then bits; `labels`, the bit
-    behind each token, IGNORED (-100) behind the end of an output. Both are as the loss reads them: position t of the
-    labels is the answer to position t of the input, nothing is to be shifted. Batch `number` depends on the seed and its
-    number alone; of W workers, worker w gives the batches w, w + W, w + 2W, ...
+    behind each token, IGNORED (-100) behind the end of an output. Position t of the labels is the answer to position t
+    of the input: nothing is to be shifted. Batch `number` depends on the seed and its number alone; of W workers,
+    worker w gives the batches w, w + W, w + 2W, ...
 
     The least loss is that of M_norm: see `sample_outputs`, which also explains the other settings.
     """
@@ -37,7 +38,13 @@ class UniversalDataset(IterableDataset):
         seed: int = 0,
     ) -> None:
         self.rows, self.length, self.seed = rows, length, seed
-        self.programs = {"machine": machine, "n_bits": length, "depth": depth, "steps": steps, "at_least": at_least}
+        self.programs: dict[str, Any] = {
+            "machine": machine,
+            "n_bits": length,
+            "depth": depth,
+            "steps": steps,
+            "at_least": at_least,
+        }
 
     def batch(self, number: int) -> dict[str, torch.Tensor]:
         draw = np.random.default_rng((self.seed, self.length, number))

@@ -51,7 +51,7 @@ class Conditional(NamedTuple):
     supported: bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SolomonoffTable:
     """M_{D,T} of a machine on all strings to `n_bits` bits, D = `depth`, T = `steps`; made by `build` or `load`.
 
@@ -121,7 +121,7 @@ class SolomonoffTable:
 
     @classmethod
     def load(cls, path: str | Path, **expected: Any) -> SolomonoffTable:
-        """A saved table; UniversalError if it is damaged or its machine, n_bits, depth or steps are not as `expected`."""
+        """A saved table; UniversalError if it is damaged, or its machine, n_bits, depth or steps not as `expected`."""
         with read_arrays(Path(path), "table", {"format": FORMAT, **expected}) as arrays:
             settings = json.loads(str(arrays["settings"]))
             counts = Counts(arrays["first"], arrays["loops"], arrays["timeouts"], int(arrays["depth"]))
