@@ -7,6 +7,8 @@ import time
 
 import pytest
 
+from bmojo import presets
+from bmojo.nn.model import BMojoLM
 from bmojo.universal import SolomonoffTable
 
 
@@ -78,10 +80,14 @@ def test_gap(bmojo, refused, small, tmp_path):
     assert "no checkpoint at" in refused("universal", "gap", tmp_path / "model", "--table", small)
 
 
-def test_gap_of_a_model(bmojo, run_folder, small):
-    code, out, _ = bmojo("universal", "gap", run_folder, "--table", small)
+def test_gap_of_a_model(bmojo, refused, small, tmp_path):
+    for vocab_size in (3, 4):
+        config = presets.get("bmojo", "tiny", vocab_size=vocab_size, num_layers=1)
+        BMojoLM(config).save(tmp_path / str(vocab_size))
+    code, out, _ = bmojo("universal", "gap", tmp_path / "3", "--table", small)
     assert code == 0
     assert "the table itself needs" in out
+    assert "has a vocabulary of 4" in refused("universal", "gap", tmp_path / "4", "--table", small)
 
 
 @pytest.mark.slow

@@ -88,6 +88,11 @@ def test_more_programs_and_more_time_only_add(machine, depth, steps):
     assert (slower.counts.first >= less.counts.first).all()
 
 
+def test_longer_strings_leave_shorter_ones_as_they_are():
+    long, short = (SolomonoffTable.build("bp7", n_bits, 8, 50) for n_bits in (17, 5))
+    assert (long.counts.first[: 2 << 5] == short.counts.first).all()
+
+
 def test_bounds_nest_as_programs_grow_longer():
     tables = [SolomonoffTable.build("bp7", 8, depth) for depth in range(1, 10)]
     for x in ("", "0", "1", "010", "1111111", "0110100"):

@@ -156,9 +156,10 @@ def _model(path: Path) -> Any:
     from bmojo.universal.gap import InContext
 
     opened, folder = open_model(path)
-    if opened.config.vocab_size < 3:
+    if opened.config.vocab_size != 3:
         raise UniversalError(
-            f"{folder} has {opened.config.vocab_size} tokens; expected 3 or more: 0, 1 and the start, 2"
+            f"{folder} has a vocabulary of {opened.config.vocab_size}; the gap is that of models of bits, with 3 tokens: "
+            "0, 1 and the start, 2. The task `universal` trains one"
         )
     return InContext(opened)
 

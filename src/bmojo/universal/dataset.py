@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,13 @@ class UniversalDataset(IterableDataset):
         seed: int = 0,
     ) -> None:
         self.rows, self.length, self.seed = rows, length, seed
-        self.programs = {"machine": machine, "n_bits": length, "depth": depth, "steps": steps, "at_least": at_least}
+        self.programs: dict[str, Any] = {
+            "machine": machine,
+            "n_bits": length,
+            "depth": depth,
+            "steps": steps,
+            "at_least": at_least,
+        }
 
     def batch(self, number: int) -> dict[str, torch.Tensor]:
         draw = np.random.default_rng((self.seed, self.length, number))

@@ -101,15 +101,8 @@ def count(
     saved = time.monotonic()
     with ThreadPoolExecutor(processes) as pool:
         try:
-            while build.layer < depth:
-                for _ in build.walk_layer(pool):
-                    if checkpoint is not None and time.monotonic() - saved > SAVE_EVERY:
-                        build.save(checkpoint)
-                        saved = time.monotonic()
-                    if progress is not None:
-                        progress(build.layer, build.nodes)
-                build.spread_layer()
-                if checkpoint is not None:
+            for layer_done in build.run(pool):
+                if checkpoint is not None and (layer_done or time.monotonic() - saved > SAVE_EVERY):
                     build.save(checkpoint)
                     saved = time.monotonic()
                 if progress is not None:
@@ -157,7 +150,15 @@ class _Build:
         self.expansions: dict[int, _Expansion] = {}
         self.unmerged: dict[int, list[_Expansion]] = {}
 
-    def walk_layer(self, pool: ThreadPoolExecutor) -> Iterator[None]:
+    def run(self, pool: ThreadPoolExecutor) -> Iterator[bool]:
+        """All that is left to do, with a pause after each task (False) and each layer (True)."""
+        while self.layer < self.depth:
+            for _ in self._walk(pool):
+                yield False
+            self._spread()
+            yield True
+
+    def _walk(self, pool: ThreadPoolExecutor) -> Iterator[None]:
         """Expands the tapes that are new in this layer, a task at a time: long walks are cut by their first
         instructions."""
         from bmojo.universal import program_tree
@@ -185,7 +186,7 @@ class _Build:
             self.tasks, self.nodes = self.tasks + 1, self.nodes + nodes
             yield
 
-    def spread_layer(self) -> None:
+    def _spread(self) -> None:
         """Adds what all programs of this layer do until the next merge, and goes on to the next layer."""
         from bmojo.universal import program_tree
 
@@ -282,11 +283,12 @@ def read_arrays(path: Path, kind: str, expected: dict[str, Any]) -> Iterator[Any
                 if settings.get(name) != value
             ]
             if other:
+                differ = "; ".join(other)
                 raise UniversalError(
-                    f"{path} is a {kind} of other settings: {'; '.join(other)}; ask for those, or take another path"
+                    f"{path} is a {kind} of other settings: {differ}; ask for those, take another path, or delete it"
                 )
             yield arrays
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError, TypeError) as error:
         if isinstance(error, UniversalError):
             raise
-        raise UniversalError(f"{path} is no {kind} of bmojo, or is damaged ({error}); make it again") from error
+        raise UniversalError(f"{path} is no {kind} of bmojo, or is damaged; delete it and make it again") from error

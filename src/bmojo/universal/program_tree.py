@@ -226,7 +226,7 @@ def follow(outputs, counts, keys, key_counts, n_bits):
 
 @njit(cache=True, nogil=True)
 def dovetail(cells, ops, weights, costs, gains, steps, data, table):
-    """Every program whose first l instructions bring it to a new bit within steps[l] steps, for l below len(steps).
+    """Every program whose first l instructions bring it to a new bit within steps[l] steps, l = 1 .. len(steps) - 1.
 
     data [n] is what they must print, with ANY where either bit will do. table [2^(n+1)] or [1]: where a program first
     prints an output after t steps, gains[i] * weight is added, i the least with 2^i >= costs[l] * t; none with [1].
@@ -242,9 +242,8 @@ def dovetail(cells, ops, weights, costs, gains, steps, data, table):
     tapes, outputs, lengths = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.int64)
     tops, weight, choice = np.empty(most, np.int64), np.empty(most, np.float64), np.empty(most, np.int64)
     times, links, closes = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.int64)
-    level = 0 if most else -1
-    if most:
-        tapes[0], outputs[0], lengths[0], tops[0], weight[0], choice[0], times[0] = 0, 1, 0, 0, 1.0, 0, 0
+    tapes[0], outputs[0], lengths[0], tops[0], weight[0], choice[0], times[0] = 0, 1, 0, 0, 1.0, 0, 0
+    level = 0
     while level >= 0:
         if choice[level] == len(ops):
             if level > 0:

@@ -205,6 +205,8 @@ def _compiled(
     ops, weights = program_tree.distinct(machine)
     costs = [machine.size**length for length in range(MOST_PHASES) if machine.size**length <= 2**phase]
     steps = np.array([2**phase // cost for cost in costs])
+    if len(steps) == 1:
+        return "", 0, 0, 0  # no time for a single instruction
     arguments = (machine.cells, ops, weights.astype(np.float64), np.array(costs), gains, steps, data, table)
     path, taken, nodes, spent = program_tree.dovetail(*arguments)
     first = {code: text for text, code in reversed(program_tree.CODES.items()) if text in machine.instructions}

@@ -51,7 +51,7 @@ class Conditional(NamedTuple):
     supported: bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SolomonoffTable:
     """M_{D,T} of a machine on all strings to `n_bits` bits, D = `depth`, T = `steps`; made by `build` or `load`.
 
