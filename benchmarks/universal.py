@@ -1,7 +1,7 @@
 """The family of `bmojo compare` at 100k parameters each against the best predictors there are.
 
     python benchmarks/universal.py --out docs/results/universal --work runs/universal [--sources markov_tree ...]
-        [--models bmojo ...] [--seeds 0 1 2] [--steps 512] [--learning-rate 4e-3] [--train-only]
+        [--models bmojo ...] [--seeds 0 1 2] [--steps 512] [--learning-rate 4e-3] [--window 8] [--train-only]
 
 Trains each model on fresh sequences of each source, scores it at powers of two of steps, and writes the report of all
 that is finished under `--work`. What is finished is not done again, and what was stopped goes on.
@@ -15,6 +15,7 @@ systems, against the Kalman filter that knows the system. Every figure is in bit
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import sys
@@ -48,6 +49,7 @@ from bmojo.universal.kt import KT
 from bmojo.universal.table import SolomonoffTable
 
 SEQUENCES = {"curve": 128, "final": 512}  # each of a source of its own, that a model is scored on
+BEYOND = 4  # times the length trained on that models are also read at
 BASE = "bmojo_f"  # what the others are compared with, source by source: `bmojo` is the same with eidetic slots
 DEPTH, STEPS, BITS = 13, 1024, 16  # of the table, and of the programs that models are trained on
 
@@ -87,7 +89,7 @@ class Source:
     def references(self, sequences: int) -> dict[str, Any]:
         """Predictors to set beside the models."""
         if not isinstance(self.task, LinearGaussian):
-            return {"uniform": Uniform(), "KT": KT(), "CTW-4": CTW(4), "CTW-8": CTW(8)}
+            return {"uniform": Uniform(), "KT": KT(), **{f"CTW-{depth}": CTW(depth) for depth in (1, 2, 4, 8)}}
         still = self.task.probabilities(np.zeros(1), np.ones(1))
         from_bins = self.task.predictions(EVALUATION, sequences, quantised=True)
         return {
@@ -187,7 +189,8 @@ def report(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
     }
     text = (
         f"# Bits more than the best predictor needs, a sequence\n\n{gaps_table(runs, references)}\n\n"
-        f"# Bits more than `{BASE}` needs of the same sequences, by seed\n\n{pairs_table(runs)}\n"
+        f"# Bits more than `{BASE}` needs of the same sequences, by seed\n\n{pairs_table(runs)}\n\n"
+        f"# Bits a symbol, to {BEYOND} times the length trained on\n\n{beyond_table(runs, options.work)}\n"
     )
     for run in found:
         del run["config"], run["final"]["totals"]
@@ -235,6 +238,35 @@ def pairs_table(runs: Runs) -> str:
     return markdown(Table([model for model in presets.COMPARED if model != BASE], columns))
 
 
+def beyond_table(runs: Runs, work: Path) -> str:
+    """Mean gap a symbol in the second half of the length n trained on, from n to 2n, and from there to BEYOND n."""
+    columns = []
+    for source, models in runs.items():
+        spec = SOURCES[source]
+        if isinstance(spec.task, MarkovTree | LinearGaussian):  # the table has no more bits
+            n, cells = spec.task.length, {}
+            for model, mine in models.items():
+                each = np.mean([beyond(run, work) for run in mine], axis=0)
+                parts = [each[n // 2 : n], each[n : 2 * n], each[2 * n :]]
+                cells[model] = Cell(0, ", ".join(f"{part.mean():.4f}" for part in parts), 0, 0)
+            columns.append(
+                Column(source, (f"{spec.title}: {n // 2} to {n},", f"to {2 * n}, to {BEYOND * n}"), cells, None)
+            )
+    return markdown(Table(list(presets.COMPARED), columns))
+
+
+def beyond(run: dict[str, Any], work: Path) -> np.ndarray:
+    """The gap at each position of longer sequences of the same source; it is kept with the run."""
+    folder = work / run["source"] / f"{run['model']}-{run['seed']}"
+    kept = folder / "beyond.json"
+    if not kept.exists():
+        spec = SOURCES[run["source"]]
+        spec = dataclasses.replace(spec, task=dataclasses.replace(spec.task, length=BEYOND * spec.task.length))
+        gap = spec.gap(spec.in_context(BMojoLM.load(folder / "model")), work, SEQUENCES["curve"])
+        write_whole(kept, json.dumps(gap.positions.tolist()).encode())
+    return np.array(json.loads(kept.read_text()))
+
+
 def with_interval(values: np.ndarray, sign: str = "") -> str:
     """The mean of what each source gave, and half of its 95 % interval; exact expectations have one value and none."""
     mean = f"{values.mean():{sign}.2f}"
@@ -244,8 +276,9 @@ def with_interval(values: np.ndarray, sign: str = "") -> str:
 LINES: dict[str, dict[str, Any]] = {
     of: {"color": colour, "linestyle": style, "linewidth": 1.2, "zorder": 1}
     for of, colour, style in (
-        ("uniform", "#bbbbbb", ":"), ("marginal", "#555555", ":"), ("KT", "#999999", "-."), ("AR", "#555555", "-."),
-        ("CTW-4", "#999999", "--"), ("CTW-8", "#bbbbbb", "-"), ("Kalman, bins", "#555555", "--"),
+        ("uniform", "#bbbbbb", ":"), ("KT", "#bbbbbb", "-"), ("CTW-1", "#999999", "-."), ("CTW-2", "#999999", "--"),
+        ("CTW-4", "#555555", "-."), ("CTW-8", "#555555", "--"), ("marginal", "#555555", ":"), ("AR", "#555555", "-"),
+        ("Kalman, bins", "#bbbbbb", "--"),
     )
 }  # fmt: skip
 
@@ -303,9 +336,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--window", type=int, help="instead of the window of each source; give other --out and --work")
     parser.add_argument("--train-only", action="store_true", help="no report: for one of several processes")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.window:
+        SOURCES.update({name: dataclasses.replace(spec, window=options.window) for name, spec in SOURCES.items()})
     for seed in options.seeds:
         for source in options.sources:
             for name in options.models:

@@ -1,4 +1,7 @@
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +30,16 @@ def test_prints_draws_and_writes(run_folder, text, bmojo, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
     code, printed, _ = bmojo("diagnose", run_folder, "--text", text, "--lags", "1,4,64", "--json")
     assert json.loads(printed) == json.loads(out.read_text())
+
+
+def test_the_commands_of_the_docs_run(run_folder, text, bmojo, tmp_path, monkeypatch):
+    docs = (Path(__file__).parents[2] / "docs/diagnose.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", docs, flags=re.MULTILINE | re.DOTALL)
+    for line in block.splitlines():
+        _, *arguments = shlex.split(line.replace("FOLDER", str(run_folder)).replace("TEXT", str(text)))
+        assert bmojo(*arguments)[::2] == (0, ""), line
+    assert {path.name for path in tmp_path.iterdir()} == {"errors.png", "errors.json"}
 
 
 def test_tells_what_the_library_finds(run_folder, text, bmojo):

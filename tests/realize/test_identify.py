@@ -54,6 +54,10 @@ def test_the_mean_and_the_units_do_not_matter():
     np.testing.assert_allclose(scaled.innovations().R_e, unit @ plain.innovations().R_e @ unit, rtol=1e-6)
 
 
+def test_a_large_order_takes_the_lags_it_needs():
+    assert cva(np.random.default_rng(0).standard_normal((5000, 2)), 12).sizes[0] == 12
+
+
 def test_order_of_its_own_choice():
     truth = stable(1, 4, 3, 7, pairs=1)
     assert [cva(truth.simulate(20_000, seed)).sizes[0] for seed in range(3)] == [4, 4, 4]
@@ -110,8 +114,8 @@ NOISE = np.random.default_rng(0).standard_normal((500, 2))
         (lambda: cva(NOISE[:10]), "too few samples"),
         (lambda: cva(NOISE[:1]), "2 samples or more"),
         (lambda: cva(NOISE, lags=200), "take lags <="),
-        (lambda: cva(NOISE, lags=0), "lags must be 1 or more"),
-        (lambda: cva(NOISE, 99, lags=4), "n must be in 1 ... 8"),
+        (lambda: cva(NOISE, lags=0), "lags must be a whole number of at least 1"),
+        (lambda: cva(NOISE, 99, lags=4), "n, at most lags . outputs, must be a whole number in 1 ... 8"),
         (lambda: cva(np.ones((500, 2))), "constant"),
         (lambda: cva(np.concatenate((NOISE, np.full((500, 1), 3.7)), 1)), r"outputs \[2\] are constant"),
         (lambda: cva(np.concatenate((NOISE, NOISE.sum(1)[:, None]), 1)), "linearly dependent"),

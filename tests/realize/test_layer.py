@@ -182,8 +182,8 @@ def test_what_a_window_leaves_out():
         (lambda: LTI(np.eye(1), np.eye(1), np.eye(1), np.eye(1)).to_layer(), "unstable"),
         (lambda: RINGING.to_layer(window=5), r"leaves out .*; window=\d+ would do"),
         (lambda: stable(1, 2, 1, 2, pairs=1, radius=0.99).to_layer(), r"a window of 256 leaves out"),
-        (lambda: GOOD.to_layer(window=0), "window must be"),
-        (lambda: GOOD.to_layer(hidden_size=2), "hidden_size must be at least 3"),
+        (lambda: GOOD.to_layer(window=0), "window must be a whole number"),
+        (lambda: GOOD.to_layer(hidden_size=2), "hidden_size, .* of at least 3"),
     ],
 )
 def test_refused(act, word):

@@ -63,8 +63,8 @@ def test_a_window_is_no_sum_of_fading_modes():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_backward_model_of_a_diffusion_has_the_drift_of_its_score(seed):
-    """dx = F x dt + g dw, sampled every dt: backward in time dx = -(F + g g' P^-1) x dt, the drift F x - g g' grad log p
-    reversed, p = N(0, P) the stationary density, as dt goes to 0."""
+    """dx = F x dt + g dw, sampled every dt: backward in time dx = -(F + g g' P^-1) x dt, the drift
+    F x - g g' grad log p turned round, p = N(0, P) the stationary density, as dt goes to 0."""
     draw = np.random.default_rng(seed)
     F, g = draw.standard_normal((2, 3, 3))
     F -= (1 + np.linalg.eigvals(F).real.max()) * np.eye(3)

@@ -2,12 +2,13 @@
 
 import os
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bmojo.errors import BMojoError, DataError
+from bmojo.errors import BMojoError, DataError, MissingPackageError
 from bmojo.realize import video as module
 from bmojo.realize.video import read_video, write_video
 
@@ -39,7 +40,8 @@ def test_what_is_written_comes_back(tmp_path, channels, name, tolerance, fps):
 
 def test_odd_sides_of_an_mp4_are_repeated(tmp_path):
     frames = moving(1, height=21, width=31)
-    write_video(tmp_path / "odd.mp4", frames)
+    with pytest.warns(UserWarning, match="an .mp4 has even sides: 32 x 22"):
+        write_video(tmp_path / "odd.mp4", frames)
     back = read_video(tmp_path / "odd.mp4").frames
     assert back.shape == (12, 22, 32, 1)
     assert np.abs(back[:, :21, :31] - frames).max() < 0.06
@@ -62,12 +64,19 @@ def test_folders_are_read_in_natural_order(tmp_path):
 def test_size_frames_and_gray(tmp_path):
     frames = moving(3, height=20, width=40)
     write_video(tmp_path / "v", frames)
-    small = read_video(tmp_path / "v", size=10, max_frames=5, gray=True).frames
-    assert small.shape == (5, 5, 10, 1)
+    small = read_video(tmp_path / "v", size=8, max_frames=5, gray=True).frames
+    assert small.shape == (5, 4, 8, 1)
     luminance = frames[:5] @ np.array([0.299, 0.587, 0.114])
-    expected = luminance.reshape(5, 5, 4, 10, 4).mean((2, 4))  # each pixel the mean of those it takes the place of
+    expected = luminance.reshape(5, 4, 5, 8, 5).mean((2, 4))  # each pixel the mean of those it takes the place of
     assert np.abs(small[..., 0] - expected).max() < 1.5 / 255
+    assert read_video(tmp_path / "v", size=17).frames.shape == (12, 8, 16, 3)  # even sides
     assert read_video(tmp_path / "v", size=100).frames.shape == (12, 20, 40, 3)  # never scaled up
+
+
+def test_the_rate_of_a_gif_is_the_nearest(tmp_path):
+    with pytest.warns(UserWarning, match=r"a \.gif counts time in 1/100 s: 33.3 frames a second, not 30"):
+        write_video(tmp_path / "v.gif", moving(), fps=30)
+    assert read_video(tmp_path / "v.gif").fps == pytest.approx(100 / 3)
 
 
 def test_a_color_image_among_gray_ones_keeps_the_color(tmp_path):
@@ -75,6 +84,13 @@ def test_a_color_image_among_gray_ones_keeps_the_color(tmp_path):
     Image.fromarray(np.full((2, 2, 3), (9, 8, 7), np.uint8)).save(tmp_path / "1.png")
     frames = read_video(tmp_path).frames
     assert (255 * frames[:, 0, 0]).round().tolist() == [[9, 9, 9], [9, 8, 7]]
+
+
+def test_names_that_mean_something_to_ffmpeg(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("http:a.mp4", "-i %03d.mp4"):
+        write_video(name, moving())
+        assert read_video(name).frames.shape == (12, 20, 30, 3)
 
 
 class TestRefused:
@@ -142,9 +158,17 @@ class TestRefused:
         assert len(read_video(tmp_path / "v", max_frames=3).frames) == 3
         assert len(read_video(tmp_path / "v", size=15).frames) == 12
 
+    @pytest.mark.parametrize(("package", "name"), [("imageio_ffmpeg", "v.mp4"), ("PIL.Image", "v.gif")])
+    def test_without_the_extra(self, tmp_path, monkeypatch, package, name):
+        write_video(tmp_path / name, moving())
+        monkeypatch.setitem(sys.modules, package, None)
+        for use in (lambda: read_video(tmp_path / name), lambda: write_video(tmp_path / name, moving())):
+            with pytest.raises(MissingPackageError, match=r"needs the package .*: pip install 'bmojo\[texture\]'"):
+                use()
+
     @pytest.mark.parametrize("options", [{"size": 0}, {"max_frames": -1}])
     def test_options(self, tmp_path, options):
-        self.refused(tmp_path, f"{next(iter(options))} must be at least 1", **options)
+        self.refused(tmp_path, f"{next(iter(options))} must be at least 2", **options)
 
 
 class TestRefusedToWrite:
@@ -178,6 +202,12 @@ class TestRefusedToWrite:
         for name in ("full", "folder.mp4"):
             with pytest.raises(DataError, match=r"is a folder|no empty folder"):
                 write_video(tmp_path / name, moving())
+
+    def test_too_much_for_a_gif(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "MAX_BYTES", 20 * 30 * 3 * 11)
+        with pytest.raises(DataError, match=r"pixels in a \.gif; write fewer, or an \.mp4"):
+            write_video(tmp_path / "v.gif", moving())
+        assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("name", ["v.mp4", "v.gif", "v"])
     def test_stopped_half_way_nothing_is_left(self, tmp_path, monkeypatch, name):

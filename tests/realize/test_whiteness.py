@@ -195,6 +195,7 @@ def test_bad_errors_are_refused(change, message):
         ({"correction": "none"}, "known: bh, holm"),
         ({"level": 0.0}, "between 0 and 1"),
         ({"samples": 3, "null": "martingale"}, "at least 20"),
+        ({"block": 0}, "block at least 1"),
     ],
 )
 def test_bad_settings_are_refused(change, message):
@@ -246,3 +247,25 @@ def test_parameters_fitted_to_few_samples_are_counted_by_a_refitted_bootstrap():
     assert whiteness(e, 6, fitted=12, null=again, samples=30).total_p[-1] > 0.05
     short = cva(y, 1, lags=4).kalman(y - mean).innovations
     assert whiteness(short, 6, fitted=12, null=again, samples=30).total_p[-1] < 1e-6
+
+
+def test_signs_kept_for_a_while_tell_the_lag_that_fails_from_the_others():
+    """Strong correlation at lag 8 makes all others vary more than the hypothesis says (Bartlett's formula)."""
+    random, alone, kept = np.random.default_rng(0), 0, 0
+    for run in range(20):
+        e = random.standard_normal((4000, 2))
+        for t in range(8, len(e)):
+            e[t] += 0.7 * e[t - 8]
+        settings = {"null": "martingale", "samples": 99, "seed": run}
+        alone += bool(set(whiteness(e, 12, **settings).failing) - {8})
+        found = whiteness(e, 12, block=40, **settings)
+        assert 8 in found.failing
+        kept += bool(set(found.failing) - {8})
+    assert alone >= 15
+    assert kept <= 5
+
+
+def test_blocks_of_signs_have_the_right_size():
+    low, high = binom.ppf([0.0005, 0.9995], 200, 0.05) / 200
+    for share in share_rejected(lambda random: changing_variance(1000, 2, random), 200, null="martingale", block=5):
+        assert low <= share <= high

@@ -25,9 +25,10 @@ def stable(seed: int, n: int, p: int, m: int, *, radius: float = 0.95, pairs: in
 
 
 @st.composite
-def systems(draw: st.DrawFn, *, positive: bool = False, max_outputs: int = 3) -> LTI:
-    n, p = draw(st.integers(1, 6)), draw(st.integers(1, max_outputs))
+def systems(draw: st.DrawFn, *, positive: bool = False, square: bool = False) -> LTI:
+    """Up to 6 states and 3 outputs; `square`: as few noises as outputs, too, where 6 states are hardly minimal."""
+    n, p = draw(st.integers(1, 6)), draw(st.integers(1, 3))
     pairs = 0 if positive else draw(st.integers(0, n // 2))
-    m = draw(st.integers(p + 1, n + p))
+    m = draw(st.integers(p if square else p + 1, n + p))
     radius = draw(st.sampled_from([0.5, 0.9, 0.99]))
     return stable(draw(st.integers(0, 10**6)), n, p, m, radius=radius, pairs=pairs, positive=positive)

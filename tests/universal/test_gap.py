@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bmojo import presets
 from bmojo.data.synthetic import EVALUATION, make_task
+from bmojo.errors import UniversalError
 from bmojo.hf import BMojoConfig, BMojoForCausalLM
 from bmojo.nn.model import BMojoLM
 from bmojo.universal.autoregression import AR
@@ -99,6 +100,14 @@ def test_the_gap_of_a_solomonoff_table():
     assert gap.entropy == pytest.approx(table.entropy())
 
 
+@pytest.mark.slow
+def test_gaps_as_they_were_first_measured():
+    """Depth 10, 16 bits, by another program: uniform 11.53, KT 4.40, CTW 2.76."""
+    table = SolomonoffTable.build(n_bits=16, depth=10, processes=1)
+    for model, bits in ((Uniform(), 11.53), (KT(), 4.40), (CTW(4), 2.76)):
+        assert solomonoff_gap(model, table).total == pytest.approx(bits, abs=0.01)
+
+
 def test_what_a_model_rules_out_costs_infinity():
     table = SimpleNamespace(n_bits=1, levels=lambda: [np.array([4]), np.array([1, 3])])
     assert solomonoff_gap(Fixed(np.array([0.0, 1.0])), table).total == np.inf
@@ -137,6 +146,20 @@ class Logits(torch.nn.Module):
 
     def forward(self, tokens):
         return self.model(tokens)[0]
+
+
+def test_refuses(model):
+    task, trees = make_task("linear_gaussian", length=8), make_task("markov_tree", length=8)
+    for call, message in (
+        (lambda: InContext(model, (0, 8)), "at least 0 and below the vocabulary's 8, got 8; name the ids"),
+        (lambda: InContext(model, start=-1), "got -1"),
+        (lambda: InContext(model, (3, 3)), r"two or more different tokens, got \[3, 3\]"),
+        (lambda: kalman_gap(InContext(model), task, EVALUATION, 4), "symbols or more, got 2; name the tokens of all"),
+        (lambda: ctw_gap(InContext(model, range(3), 7), trees, EVALUATION, 4), r"\[4, 8, 2\], got \[4, 8, 3\]"),
+        (lambda: ctw_gap(KT(), trees, EVALUATION, 1), "rows must be at least 2"),
+    ):
+        with pytest.raises(UniversalError, match=message):
+            call()
 
 
 def test_the_gap_to_context_trees():

@@ -10,7 +10,8 @@ Of the token x_t and the model's distribution q_t over it, given all before, the
 
 If q_t is right, E[e_t | x_{t-1}, x_{t-2}, ...] = 0: nothing in the past predicts e_t. Four views of that:
 
-- a portmanteau test of e_t against e_{t-k}, lag by lag (`bmojo.realize.whiteness`, null "martingale");
+- a portmanteau test of e_t against e_{t-k}, lag by lag (`bmojo.realize.whiteness`, null "martingale"), on the second
+  half of the text;
 - a probe: ridge regression of e_t on the errors of a band of lags, fitted on the first half of the text and scored on
   the second;
 - the same probe on the vectors v(x_{t-k}) of the text itself. A model that makes the best of what it remembers has
@@ -50,6 +51,7 @@ ALIKE = (2, 4, 8)  # tokens before a repeat
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)  # of ridge, in units of the regressors' variance
 RAREST = 0.01  # of the largest regressor: what is smaller, as of repeats that hardly occur, is held to more
 BLOCKS = 100  # of the held-out half, drawn again for its intervals
+SIGNS = 200  # blocks of the portmanteau test, each with a sign of its own
 LEAST = 1024  # tokens; too few for any test below
 CHANNELS = 8
 
@@ -227,6 +229,8 @@ def diagnose(
 ) -> Diagnosis:
     """Tests of the errors at the lags up to the last of `bands`, which ascend. `samples`, `seed`: draws of the test.
 
+    The portmanteau test is of the second half of the text, at `sampled_lags` and at those that the probes picked on the
+    first half, with signs that change SIGNS times.
     The probe of a band sees PICKED single lags of it, those of greatest correlation on the first half of the text, and
     the mean over the band. Its penalty is the best on the last fifth of that half. With s_t = e_t . f_t of its forecast
     f_t on the second half, sum s_t / sqrt(sum s_t^2) is standard normal where the model is right, whatever the
@@ -240,9 +244,13 @@ def diagnose(
             f"the text has {tokens:,} tokens to test, and lags up to {last:,} need at least {needed(last):,}; "
             "give more text, or test smaller lags"
         )
-    found = whiteness(reading.errors, sampled_lags(last), null="martingale", samples=samples, seed=seed, level=level)
-    rows = len(reading.errors)
-    shares = (found.each - found.each_mean) * (rows - found.lags) / rows**2 / reading.errors.shape[1]
+    past_errors, past_text = (_lagged(reading, past, bands) for past in (reading.errors, reading.vectors))
+    held_out = reading.errors[_half(reading) :]
+    rows = len(held_out)
+    lags = sorted({*sampled_lags(last), *past_errors.single})
+    found = whiteness(held_out, lags, null="martingale", level=level, samples=samples, block=max(1, rows // SIGNS),
+                      seed=seed)  # fmt: skip
+    shares = (found.each - found.each_mean) * (rows - found.lags) / rows**2 / held_out.shape[1]
     return Diagnosis(
         tokens=tokens,
         channels=reading.errors.shape[1],
@@ -252,8 +260,8 @@ def diagnose(
         lag_p=found.each_p.tolist(),
         failing=list(found.failing),
         bands=list(bands),
-        own_past=_probe(reading, _lagged(reading, reading.errors, bands), seed, level),
-        text=_probe(reading, _lagged(reading, reading.vectors, bands), seed, level),
+        own_past=_probe(reading, past_errors, seed, level),
+        text=_probe(reading, past_text, seed, level),
         repeats=_probe(reading, _Repeats(reading, bands), seed, level),
     )
 
@@ -361,10 +369,12 @@ class _Lagged(_Regressors):
         self.past = np.vstack([np.zeros((self.last, past.shape[1])), past])
         self.sums = np.vstack([np.zeros((1, past.shape[1])), self.past.cumsum(0)])
         self.spans: list[Band] = []  # that past is averaged over
+        self.single: list[int] = []  # the lags that stand alone
         self.columns = []
         for first, last in bands:
             strongest = np.sort(np.argsort(-strengths[first - 1 : last], kind="stable")[:PICKED]) + first
-            spans = [(int(lag), int(lag)) for lag in strongest]
+            self.single += strongest.tolist()
+            spans = [(lag, lag) for lag in strongest.tolist()]
             spans += [(first, last)] if last - first >= PICKED else []
             begin = len(self.spans) * past.shape[1]
             self.columns.append(np.arange(begin, begin + len(spans) * past.shape[1]))

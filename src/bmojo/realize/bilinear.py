@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from bmojo.errors import RealizationError
-from bmojo.realize.lti import Array, numbers
+from bmojo.realize.lti import Array, numbers, whole
 
 MOST_STATES = 1000
 Exponents = tuple[int, ...]
@@ -75,8 +75,8 @@ def carleman(
     are equal; above `order` they are not. order=1 is the linearization. C(states + order, order) - 1 states.
     Refused: 0 that is no equilibrium, derivatives that are not finite, and more than 1000 states.
     """
-    if order < 1:
-        raise RealizationError(f"order must be at least 1, got {order}")
+    for name, size in (("states", states), ("inputs", inputs), ("order", order)):
+        whole(name, size, 1)
     if (size := math.comb(states + order, order) - 1) > MOST_STATES:
         raise RealizationError(f"order {order} of {states} states takes {size} states, above {MOST_STATES}; lower it")
     n = states

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bmojo.errors import RealizationError
-from bmojo.realize.lti import LTI, numbers
+from bmojo.realize.lti import LTI, numbers, whole
 
 Array = np.ndarray
 
@@ -60,18 +60,16 @@ def cva(y: Array, n: int | None = None, *, lags: int | None = None) -> LTI:
     y, spread = _standardised(y)
     N, p = y.shape
     most = (N + 1) // (8 * p + 2)  # the largest lags with N - 2 lags + 1 >= 4 * (2 lags p)
-    if not 1 <= (most if lags is None else lags) <= most:
-        need = (8 * p + 2) * max(lags or 1, 1) - 1
+    asked = 1 if lags is None else whole("lags", lags, 1)
+    if asked > most:
         raise RealizationError(
-            f"lags must be 1 or more and N at least {need} for {max(lags or 1, 1)}, four samples a number of past and "
-            f"future; too few samples: got {N} of {p} outputs, lags = {lags}; "
-            + (f"take lags <= {most}" if most else "give more samples")
+            f"too few samples: {asked} lags of {p} outputs need {(8 * p + 2) * asked - 1}, four a number of past and "
+            f"future, got {N}; " + (f"take lags <= {most}" if most else "give more samples, or fewer outputs")
         )
-    lags = _best_lags(y, most) if lags is None else lags
-    if n is not None and not 1 <= n <= lags * p:
-        raise RealizationError(
-            f"n must be in 1 ... {lags * p} (lags * outputs), got {n}; take more lags, or fewer states"
-        )
+    if n is not None:
+        whole("n, at most lags * outputs,", n, 1, (most if lags is None else lags) * p)
+    if lags is None:
+        lags = max(_best_lags(y, most), -(-(n or 1) // p))
     rows = N - 2 * lags + 1
     window = np.lib.stride_tricks.sliding_window_view(y, 2 * lags, axis=0).transpose(0, 2, 1)  # [rows, 2 lags, p]
     past, future = window[:, lags - 1 :: -1].reshape(rows, -1), window[:, lags:].reshape(rows, -1)

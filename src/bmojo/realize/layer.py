@@ -39,7 +39,7 @@ from bmojo.config import ModelConfig
 from bmojo.errors import RealizationError
 from bmojo.nn.mixer import Mixer
 from bmojo.nn.ssm import S6
-from bmojo.realize.lti import LTI, Array
+from bmojo.realize.lti import LTI, Array, whole
 
 SHARP = 40.0  # how far the score of a head's own lag is above that of any other
 NEVER = 800.0  # a rate that leaves nothing: exp(-800) = 0 in every dtype
@@ -156,15 +156,15 @@ def _split(system: LTI) -> tuple[Array, Array, Array, LTI | None]:
 
 def _window(rest: LTI | None, window: int | None, tolerance: float) -> int:
     """The window asked for, or the least one that will do; refused if it leaves out more than `tolerance`."""
-    if window is not None and window < 1:
-        raise RealizationError(f"window must be at least 1, got {window}")
+    if window is not None:
+        whole("window", window, 1)
     left = left_out(rest, max(window or 0, 100 * LONGEST))
     enough = np.flatnonzero(left <= tolerance)
     least = max(1, int(enough[0])) if len(enough) else None
     if window is None and least is not None and least <= LONGEST:
         return least
     asked = LONGEST if window is None else window
-    if left[asked] > tolerance:
+    if not left[asked] <= tolerance:
         raise RealizationError(
             f"a window of {asked} leaves out {left[asked]:.3g} of the response (the sum of |C A^(j-1) B| over the lags "
             f"j beyond it, of modes whose poles are not in (0, 1)), above tolerance {tolerance:g}; "
@@ -175,9 +175,7 @@ def _window(rest: LTI | None, window: int | None, tolerance: float) -> int:
 
 
 def _hidden(least: int, asked: int | None) -> int:
-    if asked is not None and asked < least:
-        raise RealizationError(f"hidden_size must be at least {least} (inputs, a 1, outputs), got {asked}")
-    return asked or least
+    return least if asked is None else whole("hidden_size, for inputs, a 1, and outputs,", asked, least)
 
 
 def _mixer(hidden: int, modes: int, **settings: Any) -> Mixer:

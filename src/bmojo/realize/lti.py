@@ -122,6 +122,7 @@ class LTI:
 
     def _markov(self, x: Array, n: int) -> Array:
         """C A^j x, j < n: [n, p, columns of x]."""
+        whole("the number of lags", n, 0)
         rows = np.empty((n, self.C.shape[0], x.shape[1]))
         for j in range(n):
             rows[j], x = self.C @ x, self.A @ x
@@ -129,10 +130,9 @@ class LTI:
 
     def simulate(self, n: int, seed: int = 0, *, batch: int | None = None, start: Array | None = None) -> Array:
         """y [n, p], or [batch, n, p] of independent series, from the state `start` [states], else a stationary one."""
-        series, states = 1 if batch is None else batch, self.A.shape[0]
-        if n < 1 or series < 1:
-            raise RealizationError(f"a simulation must be of 1 sample and 1 series or more, got {n} and {series}")
-        rng = np.random.default_rng(seed)
+        whole("the number of samples", n, 1)
+        series, states = 1 if batch is None else whole("batch", batch, 1), self.A.shape[0]
+        rng = np.random.default_rng(whole("seed", seed, 0))
         if start is None:
             x = rng.standard_normal((series, states)) @ _root(self.stationary).T
         else:
@@ -294,8 +294,7 @@ class LTI:
         poles on a ring any number. Refused by the same number if the system is unobservable from that output.
         """
         n, _, p = self.sizes
-        if not 0 <= output < p:
-            raise RealizationError(f"output must be in 0 ... {p - 1}, got {output}")
+        whole("output", output, 0, p - 1)
         rows = [self.C[output]]
         for _ in range(n):
             rows.append(rows[-1] @ self.A)
@@ -311,8 +310,7 @@ class LTI:
         """The nilpotent window: the state is the last `window` inputs, newest first, A the block shift (A^window = 0),
         C = [h_1 ... h_window]. It has the Markov parameters of this system to `window` and none beyond, as a
         Transformer whose window is that."""
-        if window < 1:
-            raise RealizationError(f"window must be at least 1, got {window}")
+        whole("window", window, 1)
         m = self.B.shape[1]
         h = self.impulse(window)[1:]
         return LTI(np.eye(window * m, k=-m), np.eye(window * m, m), np.concatenate(list(h), 1), self.D)
@@ -332,9 +330,7 @@ class LTI:
         Source: Moore 1981; Enns 1984; Glover 1984.
         """
         n = self.A.shape[0]
-        r = n if r is None else r
-        if not 1 <= r <= n:
-            raise RealizationError(f"r must be in 1 ... {n}, the number of states, got {r}")
+        r = n if r is None else whole("r", r, 1, n)
         left, right = _root(self.observability), _root(self.stationary)
         U, values, V = np.linalg.svd(left.T @ right)
         kept = int((values * MAX_CONDITION >= values[0]).sum())
@@ -384,6 +380,14 @@ class LTI:
                 "needs all below 1; scale A, or drop the modes that grow"
             )
         return self
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """`value`, if it is a whole number in least ... most."""
+    if not isinstance(value, int | np.integer) or value < least or (most is not None and value > most):
+        span = f"of at least {least}" if most is None else f"in {least} ... {most}"
+        raise RealizationError(f"{name} must be a whole number {span}, got {value!r}")
+    return int(value)
 
 
 def numbers(name: str, value: Any) -> Array:
@@ -439,17 +443,18 @@ def _well(largest: float, smallest: float, what: str, why: str) -> None:
     """Refuses `what` if largest / smallest, its condition number, is above 1e8."""
     condition = largest / smallest if smallest > 0 else np.inf
     if condition > MAX_CONDITION:
-        raise RealizationError(f"{what} have condition number {condition:.2g}, above {MAX_CONDITION:.0e}: {why}")
+        raise RealizationError(f"{what}: condition number {condition:.2g} is above {MAX_CONDITION:.0e}: {why}")
 
 
 def _lyapunov(A: Array, Q: Array) -> Array:
     """P = sum_j A^j Q A'^j of a stable A, by doubling: 2^k terms in k steps, all of them positive."""
     P = Q
-    for _ in range(64):
-        term = A @ P @ A.T
-        P, A = _symmetric(P + term), A @ A
-        if np.abs(term).max() <= 1e-17 * np.abs(P).max():
-            break
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _ in range(64):
+            term = A @ P @ A.T
+            P, A = _symmetric(P + term), A @ A
+            if np.abs(term).max() <= 1e-17 * np.abs(P).max():
+                break
     if not np.isfinite(P).all():
         raise RealizationError(
             "the stationary covariance is above what float64 holds; take other units, or coordinates"

@@ -29,6 +29,7 @@ from bmojo.realize.video import DEFAULT_FPS
 FORMAT = "bmojo.texture.1"
 MEMORY = 0.9999  # the largest gain a step: 1.4 % of a mode's deviation is new in each frame, if it is not more
 MAX_FRAMES = 100_000  # of one synthesis
+SLOWEST = 1e-6  # below, rounding changes the covariance
 ARRAYS = ("mean", "basis", "deviations", "transition")
 NUMBERS = ("fps", "noise_floor", "clip_frames", "least_squares_radius")
 
@@ -50,14 +51,18 @@ class DynamicTexture:
     clip_frames: int
     least_squares_radius: float  # the spectral radius of A before it was made a contraction
 
+    def __post_init__(self) -> None:
+        for name in ARRAYS:  # safetensors writes memory as it lies, whatever the strides
+            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=np.float64))
+
     @classmethod
     def fit(cls, video: np.ndarray, states: int = 20, fps: float = DEFAULT_FPS) -> DynamicTexture:
         """The texture of a clip [T, H, W, 1 or 3], values in 0..1.
 
         A is the least-squares fit X_2 X_1^+ (`least_squares`, the exact DMD), in whitened coordinates, with singular
         values cut to MEMORY: the nearest A, in Frobenius norm there, of which the clip's own covariance P is the
-        stationary one. In short, only the direction in which the clip's end exceeds its beginning is changed. The
-        least-squares A with Q of its residuals is often unstable, and has another P: see docs/textures.md.
+        stationary one. At most one is above 1, as of P only the last frame is missing in X_1 X_1'. The
+        least-squares A with Q of its residuals can be unstable, and has another P: see docs/textures.md.
         Raises DataError if this is no video or has fewer than states + 2 frames, RealizationError if nothing moves in
         it or it has fewer than that many independent frames.
         """
@@ -76,8 +81,9 @@ class DynamicTexture:
             raise DataError(f"{states} states need at least {states + 2} frames, got {length}; {fewer}a longer clip")
         mean = video.mean(0)
         moving = (video - mean).reshape(length, -1)
-        values, vectors = np.linalg.eigh(moving @ moving.T)  # S^2 and V, 30 times as fast as the SVD of the clip
-        values, vectors = values[::-1], vectors[:, ::-1]
+        short = moving if length <= moving.shape[1] else moving.T
+        values, vectors = np.linalg.eigh(short @ short.T)  # S^2 and V (or U), 30 times as fast as the SVD of the clip
+        values, vectors = values[::-1], vectors[:, : -states - 1 : -1]
         if values[0] <= 1e-20 * video.size:
             raise RealizationError("nothing moves in this video: all its frames are the same; use another clip")
         rank = np.count_nonzero(values > 1e-12 * values[0])
@@ -86,11 +92,14 @@ class DynamicTexture:
                 f"only {rank} states can be told from this video: its frames are mixtures of {rank} images and the "
                 f"mean; use at most {rank} (--states), got {states}"
             )
-        turn, S, basis = np.linalg.svd(vectors[:, :states].T @ moving, full_matrices=False)
-        x = vectors[:, :states] @ turn * S
-        A = least_squares((x / S).T)
+        turn, S, right = np.linalg.svd(vectors.T @ short, full_matrices=False)
+        white, basis = (vectors @ turn, right) if short is moving else (right.T, (vectors @ turn).T)
+        peaks = np.abs(basis).argmax(1)
+        signs = np.sign(basis[range(states), peaks])  # or a seed would give other frames on another machine
+        white, basis = white * signs, basis * signs[:, None]
+        A = least_squares(white.T)
         left, gains, right = np.linalg.svd(A)
-        unseen = sum(np.square(frame - state @ basis).sum() for frame, state in zip(moving, x, strict=True))
+        unseen = sum(np.square(frame - state @ basis).sum() for frame, state in zip(moving, white * S, strict=True))
         return cls(
             mean=mean,
             basis=basis.reshape(states, *mean.shape),
@@ -160,30 +169,39 @@ class DynamicTexture:
         reverse model (Lindquist and Picci). A power that is no contraction, as of a few modes of noise when slowed
         down, is made one as in `fit`: then A^(1/2) twice is not all of A.
         """
-        if not math.isfinite(speed) or speed == 0:
-            raise RealizationError(f"speed must be a number other than 0 (0.5 is slower, -1 backwards), got {speed}")
+        if not SLOWEST <= abs(speed) < math.inf:
+            raise RealizationError(
+                f"speed must be a finite number, at least {SLOWEST:g} or at most -{SLOWEST:g} (0.5 is slower, -1 "
+                f"backwards), got {speed:g}"
+            )
         left, gains, right = np.linalg.svd(power(self.transition, abs(speed)))
         gains = np.minimum(gains, MEMORY ** abs(speed))
         C = np.zeros((self.states, len(gains)))
         np.fill_diagonal(C, self.deviations)
-        system = LTI((left * gains) @ right, left * np.sqrt(1 - gains**2), C, np.zeros_like(C))
+        system = LTI((left * gains) @ right, (left * np.sqrt(1 - gains**2)) @ left.T, C, np.zeros_like(C))
         return system.reverse() if speed < 0 else system
 
     def lag_covariances(self, lags: int, speed: float = 1.0) -> np.ndarray:
         """L [lags + 1, n, n], L[h] = E x(t+h) x(t)'; at speed -1 the transposes of those at speed 1."""
         return self.system(speed).covariances(lags)[0]
 
-    def stream(self, frames: int, speed: float = 1.0, seed: int = 0) -> Iterator[np.ndarray]:
-        """New frames [H, W, C] in 0..1, one by one; see `synthesize`."""
+    def simulate(self, frames: int, speed: float = 1.0, seed: int = 0) -> np.ndarray:
+        """x [frames, n] of a new clip, from a stationary state."""
         if not 1 <= frames <= MAX_FRAMES:
             raise RealizationError(f"frames must be from 1 to {MAX_FRAMES:,}, got {frames:,}")
-        x = self.system(speed).simulate(frames, seed)
-        return (np.clip(self.render(row[None])[0], 0, 1) for row in x)
+        system = self.system(speed)
+        start = np.random.default_rng([seed, 1]).standard_normal(len(system.A))  # its covariance is I
+        return system.simulate(frames, seed, start=start)
+
+    def stream(self, frames: int, speed: float = 1.0, seed: int = 0) -> Iterator[np.ndarray]:
+        """New frames [H, W, C] in 0..1, one by one; see `synthesize`."""
+        return (np.clip(self.render(x[None])[0], 0, 1) for x in self.simulate(frames, speed, seed))
 
     def synthesize(self, frames: int, speed: float = 1.0, seed: int = 0) -> np.ndarray:
         """New frames [frames, H, W, C] in 0..1, from a stationary state: each `speed` frames of the clip on.
 
-        speed: 1 as in the clip, 0.5 half as fast, -1 backwards, any number but 0. Frames are without the noise w(t).
+        speed: 1 as in the clip, 0.5 half as fast, -1 backwards, any number not nearer to 0 than
+        1e-6. Frames are without the noise w(t).
         """
         return np.stack(list(self.stream(frames, speed, seed)))
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from fractions import Fraction
@@ -38,15 +39,16 @@ def read_video(
 ) -> Video:
     """The frames of a video file, a `.gif`, or a folder of `.png` and `.jpg` in natural order (2 before 10).
 
-    size: frames are scaled down, as they are read, until no side is longer. max_frames: no more are read. gray: the
-    luminance only, which a video becomes anyway if all its frames are gray. What tells no rate has 25 frames a second.
+    size: frames are scaled down, as they are read, until no side is longer, to even sides. max_frames: no more are
+    read. gray: the luminance only, which a video becomes anyway if all its frames are gray. What tells no rate has 25
+    frames a second.
     Raises DataError if it is missing, unreadable, no video, has fewer than two frames or frames of different sizes,
     or takes more than 1 GiB.
     """
     path = Path(path)
     for name, value in (("size", size), ("max_frames", max_frames)):
-        if value is not None and value < 1:
-            raise DataError(f"{name} must be at least 1, got {value}")
+        if value is not None and value < 2:
+            raise DataError(f"{name} must be at least 2, got {value}")
     image = optional_module("PIL.Image", "reading a video", "texture")
     fps, images = _open(path)
     frames: list[np.ndarray] = []
@@ -60,7 +62,7 @@ def read_video(
                     "make all of one size"
                 )
             if size is not None and max(first) > size:
-                scaled = [max(1, round(side * size / max(first))) for side in first]
+                scaled = [2 * max(1, round(side / max(first) * (size // 2))) for side in first]
                 picture = picture.resize(scaled, image.Resampling.BOX)
             pixels = np.asarray(picture.convert("L" if gray else "RGB"))
             frames.append(pixels.reshape(*pixels.shape[:2], -1))
@@ -83,8 +85,8 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float = DEF
     """Writes frames [H, W, C] as `.mp4` (H.264), as `.gif` (a loop), or as PNGs in a new folder; whole or not at all.
 
     Values are cut to 0..1 and rounded to 8 bits. An `.mp4` has even sides: the last row or column of odd ones is
-    repeated. A `.gif` counts time in 1/100 s: its rate is the nearest that has, at most 50 a second. A folder must be
-    new or empty, or frames of old videos would mix with these. Returns the bytes written.
+    repeated. A `.gif` counts time in 1/100 s, and its rate is the nearest that does, at most 50 a second; both are
+    warned of. A folder must be new or empty, or frames of old videos would mix with these. Returns the bytes written.
     Raises DataError if the frames are no images of one size, BMojoError if they can't be written.
     """
     path = Path(path)
@@ -148,9 +150,9 @@ def _gif(path: Path) -> tuple[float, Iterator[Any]]:
 
 def _ffmpeg(path: Path) -> tuple[float, Iterator[Any]]:
     image = optional_module("PIL.Image", "reading a video", "texture")
-    # a playlist in the file could otherwise have ffmpeg open other hosts
-    only_files = ["-protocol_whitelist", "file,pipe"]
-    reader = optional_module("imageio_ffmpeg", "reading a video", "texture").read_frames(path, input_params=only_files)
+    ffmpeg = optional_module("imageio_ffmpeg", "reading a video", "texture")
+    # a playlist in the file could otherwise have ffmpeg open other hosts, and a colon in a name means a protocol
+    reader = ffmpeg.read_frames(f"file:{path}", input_params=["-protocol_whitelist", "file,pipe"])
     with _readable(path):
         meta = next(reader)
 
@@ -198,6 +200,8 @@ def _write_mp4(path: Path, pictures: Iterator[np.ndarray], fps: float) -> int:
     program = optional_module("imageio_ffmpeg", "writing an .mp4", "texture").get_ffmpeg_exe()
     first = next(pictures)
     height, width = (side + side % 2 for side in first.shape[:2])
+    if (height, width) != first.shape[:2]:
+        warnings.warn(f"an .mp4 has even sides: {_by((width, height))}, the last row or column repeated", stacklevel=3)
     odd = ((0, height - first.shape[0]), (0, width - first.shape[1]), (0, 0))
     raw = ["-f", "rawvideo", "-pix_fmt", "gray" if first.shape[2] == 1 else "rgb24", "-s", f"{width}x{height}"]
     h264 = ["-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p"]
@@ -223,10 +227,19 @@ def _write_mp4(path: Path, pictures: Iterator[np.ndarray], fps: float) -> int:
 
 
 def _write_gif(path: Path, pictures: Iterator[np.ndarray], fps: float) -> int:
-    first, *rest = map(_image, pictures)
+    images, held = [], 0
+    for picture in pictures:
+        images.append(_image(picture))
+        held += picture.size
+        if held > MAX_BYTES:
+            raise DataError(f"{path}: more than {MAX_BYTES >> 30} GiB of pixels in a .gif; write fewer, or an .mp4")
     content = BytesIO()
     hundredths = max(2, round(100 / fps))
-    first.save(content, "GIF", save_all=True, append_images=rest, duration=10 * hundredths, loop=0)
+    if abs(fps * hundredths / 100 - 1) > 0.01:
+        warnings.warn(
+            f"a .gif counts time in 1/100 s: {100 / hundredths:.3g} frames a second, not {fps:g}", stacklevel=3
+        )
+    images[0].save(content, "GIF", save_all=True, append_images=images[1:], duration=10 * hundredths, loop=0)
     write_whole(path, content.getvalue())
     return content.tell()
 

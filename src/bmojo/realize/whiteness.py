@@ -58,6 +58,7 @@ def whiteness(
     correction: str = "holm",
     level: float = 0.05,
     samples: int = 499,
+    block: int = 1,
     seed: int = 0,
 ) -> Whiteness:
     """Tests of e [T, p] (float64) against no correlation at `lags`: 1 ... lags, or those given.
@@ -75,7 +76,9 @@ def whiteness(
         table        the chi-square above: independent errors of constant distribution, many samples
         martingale   no more is assumed than E[e_t | past] = 0. The variance of language's errors depends on their past,
                      and the table then rejects perfect predictors. Draws sum_t w_t e_t e_{t-k}' with random signs w_t:
-                     they have the covariances, between lags too, that such errors have.
+                     they have the covariances, between lags too, that such errors have. Correlation at one lag makes
+                     the estimates at all others vary more (Bartlett), and then these fail as well; signs that stay the
+                     same for `block` samples, a few times that lag, allow for it, and need T well above `block`.
         permutation  the samples in random order: independent errors of any distribution, few samples
         a function   of a generator, returning residuals [T, p] under the hypothesis: simulate the fitted model, fit it
                      again, return what is left. The right one where parameters were fitted to few samples.
@@ -93,7 +96,7 @@ def whiteness(
     at = _lags(lags)
     e = _checked(e, at)
     count, channels = e.shape
-    _check_settings(fitted, len(at) * channels**2, null, correction, level, samples)
+    _check_settings(fitted, len(at) * channels**2, null, correction, level, samples, block)
 
     z, g = _whitened(e)
     each, box = _statistics(_correlations(z, at), g, at, count)
@@ -104,7 +107,7 @@ def whiteness(
         each_p, each_mean = special.chdtrc(channels**2, each), np.full(len(at), float(channels**2))
         total_p, box_p = special.chdtrc(df, total), special.chdtrc(df[:, None] / channels**2, summed)
     else:
-        drawn = list(_draws(e, z, g, at, null, samples, np.random.default_rng(seed)))
+        drawn = list(_draws(e, z, g, at, null, samples, block, np.random.default_rng(seed)))
         some_each, some_box = (np.stack(parts) for parts in zip(*drawn, strict=True))
 
         def tail(value: Floats, draws: Floats) -> Floats:
@@ -156,11 +159,12 @@ def _draws(
     lags: NDArray[np.int64],
     null: str | Draw,
     samples: int,
+    block: int,
     random: np.random.Generator,
 ) -> Iterator[tuple[Floats, Floats]]:
     """`samples` times `_statistics` under the hypothesis."""
     if null == "martingale":
-        for r in _signed(z, lags, samples, random):
+        for r in _signed(z, lags, samples, block, random):
             yield _statistics(r, g, lags, len(z))
         return
     for _ in range(samples):
@@ -174,15 +178,17 @@ def _draws(
         yield _statistics(_correlations(drawn, lags), back, lags, len(z))
 
 
-def _signed(z: Floats, lags: NDArray[np.int64], samples: int, random: np.random.Generator) -> Floats:
-    """[samples, m, p, p]: 1/T sum_t w_t z_t z_{t-k}' with random signs w_t, the same for all k. In float32, summed up
-    in float64: draws need no more."""
+def _signed(z: Floats, lags: NDArray[np.int64], samples: int, block: int, random: np.random.Generator) -> Floats:
+    """[samples, m, p, p]: 1/T sum_t w_t z_t z_{t-k}' with random signs w_t, the same for all k and for `block` samples.
+    In float32, summed up in float64: draws need no more."""
     count, channels = z.shape
     z = z.astype(np.float32)
     r = np.zeros((samples, len(lags), channels**2))
-    for start in range(0, count, AT_ONCE):
-        stop = min(start + AT_ONCE, count)
-        signs = 2 * random.integers(0, 2, (samples, stop - start)).astype(np.float32) - 1
+    step = -(-AT_ONCE // block) * block
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        signs = 2 * random.integers(0, 2, (samples, step // block)).astype(np.float32) - 1
+        signs = signs.repeat(block, axis=1)[:, : stop - start]
         for i, lag in enumerate(lags):
             first = max(start, int(lag))
             if first < stop:
@@ -228,13 +234,18 @@ def _checked(e: Floats, lags: NDArray[np.int64]) -> Floats:
     return e
 
 
-def _check_settings(fitted: int, tested: int, null: str | Draw, correction: str, level: float, samples: int) -> None:
+def _check_settings(
+    fitted: int, tested: int, null: str | Draw, correction: str, level: float, samples: int, block: int
+) -> None:
     if not callable(null) and null not in NULLS:
         raise ConfigError(f"unknown null {null!r}; {nearest(null, NULLS)}, or a function that draws residuals")
     if correction not in ("holm", "bh"):
         raise ConfigError(f"unknown correction {correction!r}; known: bh, holm")
-    if not 0 < level < 1 or samples < 20:
-        raise ConfigError(f"level must be between 0 and 1, and samples at least 20, got {level} and {samples}")
+    if not 0 < level < 1 or samples < 20 or block < 1:
+        raise ConfigError(
+            "level must be between 0 and 1, samples at least 20 and block at least 1, got "
+            f"{level}, {samples} and {block}"
+        )
     if not 0 <= fitted < tested:
         raise ConfigError(
             f"fitted must be at least 0 and less than the {tested} correlations tested, got {fitted}; take more lags"

@@ -12,21 +12,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bmojo.universal.ctw import CTW
     from bmojo.universal.dataset import UniversalDataset
-    from bmojo.universal.gap import solomonoff_gap
+    from bmojo.universal.gap import InContext, ctw_gap, kalman_gap, solomonoff_gap
     from bmojo.universal.kt import KT
     from bmojo.universal.search import levin_search, speed_prior
     from bmojo.universal.table import SolomonoffTable
 
 _HOME = {
     "CTW": "ctw",
+    "InContext": "gap",
     "KT": "kt",
     "SolomonoffTable": "table",
     "UniversalDataset": "dataset",
+    "ctw_gap": "gap",
+    "kalman_gap": "gap",
     "levin_search": "search",
     "solomonoff_gap": "gap",
     "speed_prior": "search",
 }
-__all__ = ["CTW", "KT", "SolomonoffTable", "UniversalDataset", "levin_search", "solomonoff_gap", "speed_prior"]
+__all__ = [
+    "CTW",
+    "KT",
+    "InContext",
+    "SolomonoffTable",
+    "UniversalDataset",
+    "ctw_gap",
+    "kalman_gap",
+    "levin_search",
+    "solomonoff_gap",
+    "speed_prior",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from bmojo.errors import UniversalError
 from bmojo.universal.ctw import CTW
 
 Array = NDArray[np.float64]
@@ -86,15 +87,31 @@ class InContext:
 
     `model` is a BMojoLM or any module whose call on int64 tokens [batch, time] gives an object with `logits`, or the
     logits (first, if there is more). Symbol i is token `symbols[i]`; the token `start` stands before the first.
+    Raises UniversalError for symbols that are not different, or tokens that are none of the model's.
     """
 
     def __init__(self, model: Any, symbols: Sequence[int] = (0, 1), start: int = 2, batch: int = 1024) -> None:
+        vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+        for token in (*symbols, start):
+            if token < 0 or (vocab_size is not None and token >= vocab_size):
+                most = "" if vocab_size is None else f" and below the vocabulary's {vocab_size}"
+                raise UniversalError(
+                    f"tokens of symbols and of the start must be at least 0{most}, got {token}; "
+                    "name the ids that this model was trained with"
+                )
+        if len(symbols) < 2 or len({*symbols}) < len(symbols):
+            raise UniversalError(f"symbols must be two or more different tokens, got {list(symbols)}")
         self.model, self.symbols, self.start, self.batch = model, np.asarray(symbols), start, batch
 
     def distribution(self, x: NDArray[Any]) -> Array:
         """P(x_t = s | x_<t) [batch, time, symbols] of symbols x [batch, time]."""
         import torch
 
+        if x.size and x.max() >= len(self.symbols):
+            raise UniversalError(
+                f"sequences of symbol {x.max()} need {x.max() + 1} symbols or more, got {len(self.symbols)}; "
+                "name the tokens of all of them: InContext(model, symbols=..., start=...)"
+            )
         tokens = np.concatenate([np.full((len(x), 1), self.start), self.symbols[x[:, :-1]]], axis=1)
         device, training = next(self.model.parameters()).device, self.model.training
         self.model.eval()
@@ -136,7 +153,7 @@ def solomonoff_gap(model: Any, table: Table) -> Gap:
     visited = [np.flatnonzero(weight) for weight in weights[:n]]
     # a string is a number, its first bit highest; one that reads a prefix goes on with zeros
     strings = np.unique(np.concatenate([prefix << (n - t) for t, prefix in enumerate(visited)]))
-    q = distribution(model, (strings[:, None] >> np.arange(n - 1, -1, -1) & 1).astype(np.uint8))
+    q = distribution(model, (strings[:, None] >> np.arange(n - 1, -1, -1) & 1).astype(np.uint8), 2)
     positions, reference = np.zeros(n), np.zeros(n)
     for t, prefix in enumerate(visited):
         p, weight = conditionals[t][prefix], weights[t][prefix]
@@ -152,8 +169,9 @@ def ctw_gap(model: Any, source: BitSource, number: int, rows: int, depth: int = 
     The expectation over x_t is taken exactly, given the source and the past. On trees from CTW's own prior (the task
     with split = 1/2 and this depth) CTW is the exact Bayes predictor, and `ctw` is at least zero in the mean.
     """
+    _require_sources(rows)
     x, ones = source.bits(number, rows)
-    true, q = _both(ones), distribution(model, x)
+    true, q = _both(ones), distribution(model, x, 2)
     ctw = _both(CTW(depth).probabilities(x))
     return TreeGap(_sampled(true, ctw, q), _sampled(true, true, q))
 
@@ -162,14 +180,26 @@ def kalman_gap(model: Any, source: BinSource, number: int, rows: int) -> Gap:
     """E KL(p(. | y_<t) || q(. | x_<t)) over `rows` systems: p gives a bin its share of the prediction of the Kalman
     filter of the true system from the outputs themselves, q has the bins x of those outputs and does not know the
     system. At least zero, and for whoever sees bins alone a little above it (see `predictions`)."""
+    _require_sources(rows)
     x = source.batch(number, rows)["labels"]
     p = source.probabilities(*source.predictions(number, rows))
-    return _sampled(p, p, distribution(model, x))
+    return _sampled(p, p, distribution(model, x, p.shape[-1]))
 
 
-def distribution(model: Any, x: NDArray[Any]) -> Array:
-    """P(x_t = s | x_<t) [batch, time, symbols] by a predictor of either kind."""
-    return model.distribution(x) if hasattr(model, "distribution") else _both(model.probabilities(x))
+def distribution(model: Any, x: NDArray[Any], symbols: int) -> Array:
+    """P(x_t = s | x_<t) [batch, time, symbols] by a predictor of either kind; UniversalError if it is of others."""
+    q = model.distribution(x) if hasattr(model, "distribution") else _both(model.probabilities(x))
+    if q.shape != (*x.shape, symbols):
+        raise UniversalError(
+            f"a predictor of {symbols} symbols must give probabilities {[*x.shape, symbols]}, got {[*q.shape]}; "
+            "use one of this source's symbols"
+        )
+    return q
+
+
+def _require_sources(rows: int) -> None:
+    if rows < 2:
+        raise UniversalError(f"rows must be at least 2, as the interval is one over the sources, got {rows}")
 
 
 def _both(ones: Array) -> Array:
