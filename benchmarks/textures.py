@@ -117,7 +117,7 @@ def animation(found: dict[str, tuple[np.ndarray, DynamicTexture]], frames: int =
     for video, texture in found.values():
         cells = [video[:frames]]
         for speed in (1.0, 0.5, -1.0):
-            x = texture.system(speed).simulate(frames + FADE, seed=2)
+            x = texture.simulate(frames + FADE, speed, seed=2)
             x[:FADE] = fade * x[:FADE] + np.sqrt(1 - fade**2) * x[frames:]
             cells.append(texture.render(x[:frames]))
         gap = np.ones((frames, video.shape[1], 4, 3))

@@ -101,6 +101,6 @@ def test_refused():
     full = Mixer(ModelConfig(**{**SMALL, "window": None, "pattern": ("attention",)}))
     with pytest.raises(StateError, match="no state of fixed size"):
         full.linearize(full.empty_state(1))
-    large = Mixer(ModelConfig(**{**SMALL, "window": 400, "pattern": ("attention",)}))
-    with pytest.raises(StateError, match="above 4096"):
+    large = Mixer(ModelConfig(**{**SMALL, "window": 800, "pattern": ("attention",)}))
+    with pytest.raises(StateError, match="above 8192"):
         large.linearize(large.empty_state(1))

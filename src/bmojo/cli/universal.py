@@ -158,7 +158,7 @@ def _model(path: Path) -> Any:
     opened, folder = open_model(path)
     if opened.config.vocab_size != 3:
         raise UniversalError(
-            f"{folder} has a vocabulary of {opened.config.vocab_size}; the gap is that of models of bits, with 3 tokens: "
+            f"{folder} has a vocabulary of {opened.config.vocab_size}; the gap is of models of bits, with 3 tokens: "
             "0, 1 and the start, 2. The task `universal` trains one"
         )
     return InContext(opened)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bmojo.nn.mixer import Mixer
     from bmojo.nn.ssm import State
 
-MOST_NUMBERS = 4096  # of a state: its square is held, in float64
+MOST_NUMBERS = 8192  # of a state: its square is held, half a gigabyte
 RINGS = ("k", "v", "fading_k", "fading_v")
 MEMORY = ("ssm", "ssm_conv", "conv", *RINGS, "slot_k", "slot_v")  # the rest of a state counts, or chooses
 

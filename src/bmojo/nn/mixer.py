@@ -185,7 +185,7 @@ class Mixer(nn.Module):
         State coordinates are the numbers of ssm, ssm_conv, conv, k, v, fading_k, fading_v, slot_k, slot_v, those that
         the layer has, in this order, rings newest entry first: the window is a shift. What chooses the tokens of the
         slots has no derivative and is held as it is. `bmojo.realize.LTI(*A_B_C_D)` takes it on.
-        Raises StateError for several rows, a layer that reads the whole past, or a state of more than 4096 numbers.
+        Raises StateError for several rows, a layer that reads the whole past, or a state of more than 8192 numbers.
         """
         return linearize(self, state, x)
 

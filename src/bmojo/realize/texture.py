@@ -94,6 +94,9 @@ class DynamicTexture:
             )
         turn, S, right = np.linalg.svd(vectors.T @ short, full_matrices=False)
         white, basis = (vectors @ turn, right) if short is moving else (right.T, (vectors @ turn).T)
+        peaks = np.abs(basis).argmax(1)
+        signs = np.sign(basis[range(states), peaks])  # or a seed would give other frames on another machine
+        white, basis = white * signs, basis * signs[:, None]
         A = least_squares(white.T)
         left, gains, right = np.linalg.svd(A)
         unseen = sum(np.square(frame - state @ basis).sum() for frame, state in zip(moving, white * S, strict=True))
@@ -175,19 +178,24 @@ class DynamicTexture:
         gains = np.minimum(gains, MEMORY ** abs(speed))
         C = np.zeros((self.states, len(gains)))
         np.fill_diagonal(C, self.deviations)
-        system = LTI((left * gains) @ right, left * np.sqrt(1 - gains**2), C, np.zeros_like(C))
+        system = LTI((left * gains) @ right, (left * np.sqrt(1 - gains**2)) @ left.T, C, np.zeros_like(C))
         return system.reverse() if speed < 0 else system
 
     def lag_covariances(self, lags: int, speed: float = 1.0) -> np.ndarray:
         """L [lags + 1, n, n], L[h] = E x(t+h) x(t)'; at speed -1 the transposes of those at speed 1."""
         return self.system(speed).covariances(lags)[0]
 
-    def stream(self, frames: int, speed: float = 1.0, seed: int = 0) -> Iterator[np.ndarray]:
-        """New frames [H, W, C] in 0..1, one by one; see `synthesize`."""
+    def simulate(self, frames: int, speed: float = 1.0, seed: int = 0) -> np.ndarray:
+        """x [frames, n] of a new clip, from a stationary state."""
         if not 1 <= frames <= MAX_FRAMES:
             raise RealizationError(f"frames must be from 1 to {MAX_FRAMES:,}, got {frames:,}")
-        x = self.system(speed).simulate(frames, seed)
-        return (np.clip(self.render(row[None])[0], 0, 1) for row in x)
+        system = self.system(speed)
+        start = np.random.default_rng([seed, 1]).standard_normal(len(system.A))  # its covariance is I
+        return system.simulate(frames, seed, start=start)
+
+    def stream(self, frames: int, speed: float = 1.0, seed: int = 0) -> Iterator[np.ndarray]:
+        """New frames [H, W, C] in 0..1, one by one; see `synthesize`."""
+        return (np.clip(self.render(x[None])[0], 0, 1) for x in self.simulate(frames, speed, seed))
 
     def synthesize(self, frames: int, speed: float = 1.0, seed: int = 0) -> np.ndarray:
         """New frames [frames, H, W, C] in 0..1, from a stationary state: each `speed` frames of the clip on.
