@@ -1,8 +1,8 @@
 """Bits per byte, size and speed: our models and CTW against PPMd, xz, zstd, brotli, bz2 and zlib.
 
     python benchmarks/compression.py split runs/compression
-    bmojo train --out runs/compression/python-mamba2 --model mamba2 --text runs/compression/python --steps 1600 \\
-        --seq-len 512 --threads 1             # and so on: TEXT-PRESET of both texts
+    bmojo train --out runs/compression/python-mamba2 --model mamba2 --text runs/compression/python --steps 800 \\
+        --seq-len 512 --threads 1             # and so on: TEXT-PRESET, of both texts
     python benchmarks/compression.py measure runs/compression --out docs/results/compression
 
 Two texts, each coded as one file: the package asyncio of Python's standard library, by models trained on the rest of it
@@ -36,7 +36,7 @@ import torch
 from bmojo import BMojoLM
 from bmojo.data.fetch import fetch
 from bmojo.eval.text import token_bits
-from bmojo.figures import Picture, draw, make_picture, new_figure, token_axis, write_pictures
+from bmojo.figures import Picture, draw, make_picture, new_figure, write_pictures
 from bmojo.files import optional_module, write_whole
 from bmojo.tables import Cell, Column, Table, markdown
 from bmojo.train.machine import machine
@@ -220,7 +220,9 @@ def picture(cells: list[Result]) -> Picture:
                 draw(axis, cell["coder"], points, **line)
         axis.set_title(text, fontsize=10)
         axis.set_ylabel("bits per byte")
-        token_axis(axis, "bytes of the file")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}")
+        axis.set_xlabel("KiB of the file")
     caption = f"Bits per byte of files of so many bytes, mean of {PIECES} pieces; ours without heads and weights."
     return make_picture(figure, axes, "length", caption)
 

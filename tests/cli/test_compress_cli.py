@@ -129,9 +129,11 @@ def test_wrong_input(refused, text, tmp_path):
 def test_stopped_it_leaves_nothing(tmp_path):
     big = tmp_path / "big"
     big.write_bytes(os.urandom(20_000_000))
-    arguments = [sys.executable, "-c", PROGRAM, "compress", str(big), "--model", "ctw"]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-    time.sleep(8)
+    program = "import bmojo.universal.compress; print(flush=True); " + PROGRAM
+    arguments = [sys.executable, "-c", program, "compress", str(big), "--model", "ctw"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "\n"
+    time.sleep(3)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "bmojo: stopped\n")

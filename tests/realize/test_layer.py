@@ -36,6 +36,14 @@ def test_positive_poles_are_a_fading_state_exactly(system, hidden):
     assert_allclose(o, y, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("inputs", [1, 2, 5])
+@pytest.mark.parametrize("window", [None, 6])
+def test_any_numbers_of_inputs_and_outputs(inputs, window):
+    system = stable(4, 3, 2, inputs, positive=True)
+    y, o = answers(system, system.to_layer(window=window), T=700)
+    assert_allclose(o, y, rtol=0, atol=1e-10)
+
+
 @given(systems(positive=True), st.integers(1, 9))
 @settings(max_examples=12)
 def test_a_window_and_what_faded_before_it_exactly(system, window):
