@@ -479,6 +479,8 @@ def _ridge(fitted: _Moments, chosen: _Moments, columns: NDArray[np.int64]) -> Fl
 def draw(found: Diagnosis, name: str, reach: int | None = None) -> bytes:
     """A PNG: what each lag explains, and what each band does on the held-out half, over the lag."""
     figure, (above, below) = new_figure(2, columns=1)
+    for axis in (above, below):
+        axis.set_yscale("symlog", linthresh=0.01)  # before anything is drawn: limits are chosen by it
     lags, shares = np.array(found.lags), 100 * np.array(found.lag_shares)
     failing = np.isin(lags, found.failing)
     above.plot(lags, shares, color="#bbbbbb", linewidth=1)
@@ -500,7 +502,6 @@ def draw(found: Diagnosis, name: str, reach: int | None = None) -> bytes:
         below.axvline(first - 0.5, color="#dddddd", linewidth=0.6)
     for axis in (above, below):
         axis.axhline(0, color="#555555", linewidth=0.8)
-        axis.set_yscale("symlog", linthresh=0.01)
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if reach is not None:
             line_at(axis, reach + 0.5, "reach of the model")
