@@ -327,7 +327,10 @@ ONES = np.ones((1, 1))
         (lambda: GOOD.shift(0), "window must be"),
         (lambda: GOOD.shift(2.5), "window must be a whole number of at least 1, got 2.5"),
         (lambda: GOOD.impulse(-1), "the number of lags must be"),
-        (lambda: LTI([[0.9, 1e149], [0, 0.9]], 1e149 * np.eye(2), np.ones((1, 2)), np.ones((1, 2))).stationary, "float64 holds"),
+        (
+            lambda: LTI([[0.9, 1e149], [0, 0.9]], 1e149 * np.eye(2), np.ones((1, 2)), np.ones((1, 2))).stationary,
+            "float64 holds",
+        ),
         (lambda: GOOD.transform(np.diag([1, 1e-9])), "condition number 1e\\+09"),
         (lambda: GOOD.kalman(np.zeros((5, 2))), "a series must be"),
         (lambda: GOOD.kalman(np.full((5, 1), np.nan)), "must be finite"),

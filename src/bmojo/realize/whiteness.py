@@ -90,7 +90,8 @@ def whiteness(
     `level`; `bh` (Benjamini-Hochberg): of those in `failing`, at most that share is expected to.
 
     Raises RealizationError for what are no real numbers; DataError for too few samples, values that are not finite,
-    constant or dependent channels; ConfigError for settings out of range, or `fitted` with a null that can't know of it.
+    constant or dependent channels; ConfigError for
+    settings out of range, or `fitted` with a null that can't know of it.
     Sources: Ljung and Box 1978; Hosking 1980, JASA 75; Hall and Heyde 1980; Holm 1979; Benjamini and Hochberg 1995.
     """
     special = optional_module("scipy.special", "the test of whiteness", "realize")
@@ -200,7 +201,7 @@ def _signed(z: Floats, lags: NDArray[np.int64], samples: int, block: int, random
 
 def _lags(lags: int | Sequence[int]) -> NDArray[np.int64]:
     given = np.arange(1, lags + 1) if isinstance(lags, int | np.integer) else np.asarray(lags)
-    whole = given.astype(np.int64) if given.dtype.kind in "iu" and given.ndim == 1 else np.zeros(1)
+    whole = given.astype(np.int64) if given.dtype.kind in "iu" and given.ndim == 1 else np.zeros(1, np.int64)
     if not len(whole) or whole[0] < 1 or (np.diff(whole) < 1).any():
         raise ConfigError(f"lags must be a whole number of at least 1, or ascending ones, got {lags!r}")
     return whole
