@@ -179,14 +179,9 @@ def report(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
         for source in SOURCES
         if any(run["source"] == source for run in found)
     }
-    sequences = SEQUENCES["final"]
-    references = {
-        source: {
-            name: SOURCES[source].gap(predictor, options.work, sequences)
-            for name, predictor in SOURCES[source].references(sequences).items()
-        }
-        for source in runs
-    }
+    references, shown = (
+        {source: reference_gaps(source, kind, options.work) for source in runs} for kind in ("final", "curve")
+    )
     text = (
         f"# Bits more than the best predictor needs, a sequence\n\n{gaps_table(runs, references)}\n\n"
         f"# Bits more than `{BASE}` needs of the same sequences, by seed\n\n{pairs_table(runs)}\n\n"
@@ -203,8 +198,14 @@ def report(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
     }  # fmt: skip
     write_whole(options.out / "results.json", (json.dumps(results) + "\n").encode())
     write_whole(options.out / "table.md", text.encode())
-    write_pictures(options.out / "figures", [by_context(runs, references), by_training(runs, references)])
+    write_pictures(options.out / "figures", [by_context(runs, references), by_training(runs, shown)])
     print(text)
+
+
+def reference_gaps(source: str, kind: str, work: Path) -> dict[str, Gap]:
+    """What the references need on the sequences that models are scored on."""
+    spec, sequences = SOURCES[source], SEQUENCES[kind]
+    return {of: spec.gap(predictor, work, sequences) for of, predictor in spec.references(sequences).items()}
 
 
 def gaps_table(runs: Runs, references: dict[str, dict[str, Gap]]) -> str:
@@ -313,6 +314,7 @@ def by_training(runs: Runs, references: dict[str, dict[str, Gap]]) -> Picture:
         for model, mine in models.items():
             steps = zip(*(run["curve"] for run in mine), strict=True)
             points = [(at[0]["sequences"], np.mean([each["total"] for each in at])) for at in steps]
+            totals += [total for _, total in points]
             draw(axis, model, points, markersize=3.5)
         label, least = f"bits a sequence over {SOURCES[source].reference}", max(min(totals), max(totals) / 400)
         _finish(axis, source, "training sequences", label, least / 1.5, max(totals))

@@ -97,11 +97,21 @@ def probes(fails, share=0.01):
         ((True, False), 4, "so it lacks training or size, at lags 1 to 4: 1.000 %"),
         ((True, True), 4, "so memory would help, at lags 5 to 16: 2.000 %"),
         ((True, True), 4, "what it knows predicts its errors, so training or size would help, at lags 1 to 4"),
+        ((False, True), 9, "lags 5 to 16 fail, in part known and in part not: end --lags at 9 to tell which"),
+        ((False, True), 9, "what came before them does not predict its errors"),
         ((True, True), 9, "from the text before, its errors are predictable at lags 1 to 16, most at 5 to 16: 2.000 %"),
         ((True, True), None, "no lag is out of this model's reach"),
     ],
 )
 def test_says_in_words_what_is_lacking(text_fails, reach, expected):
+    assert expected in "\n".join(in_words(a_diagnosis(probes(text_fails)), reach))
+
+
+def a_diagnosis(text, p=0.5):
     none = probes((False, False))
-    found = Diagnosis(2000, 4, 0.5, [1], [0.0], [0.5], [], [(1, 4), (5, 16)], none, probes(text_fails), none)
-    assert expected in "\n".join(in_words(found, reach))
+    return Diagnosis(2000, 4, p, [1], [0.0], [0.5], [], [(1, 4), (5, 16)], none, text, none, 0.01)
+
+
+def test_does_not_call_white_what_all_lags_together_reject():
+    words = in_words(a_diagnosis(probes((False, False)), p=0.001), 4)
+    assert words == ["not white: all lags together say so (p = 0.001), but none by itself, and no band"]

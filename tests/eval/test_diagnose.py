@@ -49,16 +49,19 @@ def failing(probes, found):
 
 def test_an_exact_predictor_is_white_no_more_often_rejected_than_it_should_be():
     random, runs = np.random.default_rng(0), 60
-    some = {"portmanteau": 0, "lags": 0, "own_past": 0, "text": 0, "repeats": 0}
+    some, any_of_them = {"portmanteau": 0, "lags": 0, "own_past": 0, "text": 0, "repeats": 0}, 0
     for run in range(runs):
         tokens = markov(CHAIN, 2000, random)
         q = np.vstack([np.full(4, 0.25), CHAIN[tokens[:-1]]])
-        found = diagnose.diagnose(reading_of(tokens, q), bands((1, 4, 16)), seed=run)
+        found = diagnose.diagnose(reading_of(tokens, q), bands((1, 4, 16)), level=0.25, seed=run)
+        assert found.level == 0.05
+        any_of_them += not found.white
         some["portmanteau"] += found.p < 0.05
         some["lags"] += bool(found.failing)
         for name in ("own_past", "text", "repeats"):
             some[name] += bool(failing(getattr(found, name), found))
     assert max(some.values()) <= binom.ppf(0.9995, runs, 0.05), some
+    assert any_of_them <= binom.ppf(0.9995, runs, 0.25), some
     assert sum(some.values()) > 5, "five tests of 5 % that never reject are no tests"
 
 

@@ -99,8 +99,10 @@ def in_words(found: Diagnosis, reach: int | None) -> list[str]:
         name: [(band, probe) for band, probe in zip(found.bands, column, strict=False) if probe.fails]
         for name, column in columns.items()
     }
-    if not (found.failing or any(failing.values())):
+    if found.white:
         return [f"white: nothing tried predicts the errors (all lags together: p = {found.p:.2g})"]
+    if not (found.failing or any(failing.values())):
+        return [f"not white: all lags together say so (p = {found.p:.2g}), but none by itself, and no band"]
     words = ["not white: what went before tells more than the model makes of it"]
     for name, fails in failing.items():
         words.append(f"from {name}, its errors are predictable {_best(fails)}" if fails else
@@ -108,14 +110,19 @@ def in_words(found: Diagnosis, reach: int | None) -> list[str]:
     if reach is None:
         return [*words, "no lag is out of this model's reach: it lacks training, size, or a memory that keeps more"]
     found_beyond = [(band, probe) for name in ("the text before", "repeats") for band, probe in failing[name]]
-    beyond, within = ([entry for entry in found_beyond if (entry[0][0] > reach) == far] for far in (True, False))
+    beyond = [entry for entry in found_beyond if entry[0][0] > reach]
+    within = [entry for entry in found_beyond if entry[0][1] <= reach]
+    across = [entry for entry in found_beyond if entry[0][0] <= reach < entry[0][1]]
     knows = f"the model knows the last {reach:,} tokens"
-    memory = "so memory would help" if within else "so it lacks memory"
+    memory = "so memory would help" if within or across else "so it lacks memory"
     words.append(f"{knows}: what came before them predicts its errors, {memory}, {_best(beyond)}" if beyond
                  else f"{knows}: what came before them does not predict its errors")  # fmt: skip
-    rest = "so training or size would help" if beyond else "so it lacks training or size"
+    rest = "so training or size would help" if beyond or across else "so it lacks training or size"
     words.append(f"what it knows predicts its errors, {rest}, {_best(within)}" if within
                  else "what it knows does not predict its errors")  # fmt: skip
+    if across:
+        where = " and ".join(_lags(band) for band in sorted({band for band, _ in across}))
+        words.append(f"lags {where} fail, in part known and in part not: end --lags at {reach} to tell which")
     return words
 
 

@@ -53,6 +53,7 @@ RAREST = 0.01  # of the largest regressor: what is smaller, as of repeats that h
 BLOCKS = 100  # of the held-out half, drawn again for its intervals
 SIGNS = 200  # blocks of the portmanteau test, each with a sign of its own
 LEAST = 1024  # tokens; too few for any test below
+VIEWS = 5  # all lags together, lag by lag, three probes: each has a fifth of the level, for any of them may fail
 CHANNELS = 8
 
 Floats = NDArray[np.float64]
@@ -77,7 +78,8 @@ class Probe:
     share   of their variance (of the squared length of e_t), with its 95 % interval: of the probe as it was fitted, so
             no more than there is; below 0 if it explains nothing
     p       of the hypothesis that it explains nothing
-    fails   whether that falls, after Holm's correction for all bands, and the share is above 0
+    fails   whether that falls at the level of `Diagnosis`, after Holm's correction for all bands, that of all lags
+            among them, and the share is above 0
     """
 
     share: float
@@ -89,7 +91,8 @@ class Probe:
 @dataclass(frozen=True)
 class Diagnosis:
     """p: of the portmanteau test of all `lags` together. lag_shares: of the (whitened) variance of e_t that e_{t-k}
-    explains, less what it would by chance. own_past, text, repeats: the probes, one for each band and one of all."""
+    explains, less what it would by chance. own_past, text, repeats: the probes, one for each band and one of all.
+    level: of the test of all lags, of `failing`, and of each of the three probes."""
 
     tokens: int
     channels: int
@@ -102,6 +105,13 @@ class Diagnosis:
     own_past: list[Probe]
     text: list[Probe]
     repeats: list[Probe]
+    level: float
+
+    @property
+    def white(self) -> bool:
+        """Whether nothing fails; of a model that is right that is so but for the `level` given to `diagnose`."""
+        probes = (*self.own_past, *self.text, *self.repeats)
+        return self.p > self.level and not self.failing and not any(probe.fails for probe in probes)
 
 
 @dataclass(frozen=True)
@@ -228,6 +238,7 @@ def diagnose(
     reading: Reading, bands: Sequence[Band], *, level: float = 0.05, samples: int = 99, seed: int = 0
 ) -> Diagnosis:
     """Tests of the errors at the lags up to the last of `bands`, which ascend. `samples`, `seed`: draws of the test.
+    `level`: the chance that a model that is right fails anything at all; each of the VIEWS is tested at its share of it.
 
     The portmanteau test is of the second half of the text, at `sampled_lags` and at those that the probes picked on the
     first half, with signs that change SIGNS times.
@@ -244,6 +255,7 @@ def diagnose(
             f"the text has {tokens:,} tokens to test, and lags up to {last:,} need at least {needed(last):,}; "
             "give more text, or test smaller lags"
         )
+    level /= VIEWS
     past_errors, past_text = (_lagged(reading, past, bands) for past in (reading.errors, reading.vectors))
     held_out = reading.errors[_half(reading) :]
     rows = len(held_out)
@@ -263,6 +275,7 @@ def diagnose(
         own_past=_probe(reading, past_errors, seed, level),
         text=_probe(reading, past_text, seed, level),
         repeats=_probe(reading, _Repeats(reading, bands), seed, level),
+        level=level,
     )
 
 
@@ -334,8 +347,7 @@ def _probe(reading: Reading, regressors: _Regressors, seed: int, level: float) -
         ci95 = bootstrap_ratio(np.add.reduceat(gains, starts), np.add.reduceat(power, starts), seed)
         score = products.sum() / max(np.sqrt((products**2).sum()), np.finfo(float).tiny)
         found.append((float(gains.sum() / power.sum()), ci95, float(ndtr(-score))))
-    p = np.array([p for *_, p in found])
-    falls = [*rejected(p[:-1], level), p[-1] <= level]
+    falls = rejected(np.array([p for *_, p in found]), level)
     return [Probe(*probe, bool(fall and probe[0] > 0)) for probe, fall in zip(found, falls, strict=True)]
 
 
