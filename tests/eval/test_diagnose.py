@@ -97,6 +97,15 @@ def test_text_tells_where_memory_ends_and_past_errors_do_not():
     assert found.own_past[0].fails
 
 
+def test_repeats_far_back_stand_in_for_what_is_near_and_not_used():
+    """Of a chain of order one, memory needs one token, and a predictor that uses none fails beyond it too."""
+    tokens = markov(CHAIN, 8000, np.random.default_rng(0))
+    q = np.tile(np.bincount(tokens, minlength=4) / len(tokens), (len(tokens), 1))
+    found = diagnose.diagnose(reading_of(tokens, q), bands((1, 16, 64)))
+    assert found.text[0].fails
+    assert found.repeats[2].fails
+
+
 def test_repeats_are_found_where_they_are():
     """Passages of 40 random tokens, each heard again 140 tokens later, and a predictor that remembers none."""
     random = np.random.default_rng(0)
