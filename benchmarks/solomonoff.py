@@ -1,6 +1,6 @@
 """Solomonoff's mixture on 16-bit strings: the figures of the reference, what they cost, and programs found by search.
 
-    python benchmarks/solomonoff.py --out docs/results/solomonoff [--processes 2]
+    python benchmarks/solomonoff.py --out docs/results/solomonoff [--threads 2]
 
 Builds the tables of depth 8 to 13 of both machines (16 bits, 1,024 steps), each by itself, and sets what they say
 beside what an implementation of its own measured before (`EXPECTED`; see docs/universal.md).
@@ -76,7 +76,7 @@ def kl(p: np.ndarray, q: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     SolomonoffTable.build("bp7", BITS, 4)  # compiles
     tables: dict[str, dict[int, SolomonoffTable]] = {}
@@ -90,7 +90,7 @@ def main() -> None:
                 BITS,
                 depth,
                 STEPS,
-                processes=arguments.processes,
+                threads=arguments.threads,
                 progress=lambda _, n, nodes=nodes: nodes.append(n),
             )
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -136,7 +136,7 @@ def main() -> None:
         found.append({"data": data, **hit, **cost, "M": mixture, "speed_prior": speed.bounds(data)})
         print(found[-1], flush=True)
     results = {
-        "command": f"python benchmarks/solomonoff.py --out {arguments.out} --processes {arguments.processes}",
+        "command": f"python benchmarks/solomonoff.py --out {arguments.out} --threads {arguments.threads}",
         "machine": machine(),
         "bits": BITS,
         "steps": STEPS,

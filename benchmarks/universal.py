@@ -179,14 +179,9 @@ def report(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
         for source in SOURCES
         if any(run["source"] == source for run in found)
     }
-    sequences = SEQUENCES["final"]
-    references = {
-        source: {
-            name: SOURCES[source].gap(predictor, options.work, sequences)
-            for name, predictor in SOURCES[source].references(sequences).items()
-        }
-        for source in runs
-    }
+    references, shown = (
+        {source: reference_gaps(source, kind, options.work) for source in runs} for kind in ("final", "curve")
+    )
     text = (
         f"# Bits more than the best predictor needs, a sequence\n\n{gaps_table(runs, references)}\n\n"
         f"# Bits more than `{BASE}` needs of the same sequences, by seed\n\n{pairs_table(runs)}\n\n"
@@ -203,8 +198,18 @@ def report(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
     }  # fmt: skip
     write_whole(options.out / "results.json", (json.dumps(results) + "\n").encode())
     write_whole(options.out / "table.md", text.encode())
-    write_pictures(options.out / "figures", [by_context(runs, references), by_training(runs, references)])
+    write_pictures(options.out / "figures", [by_context(runs, references), by_training(runs, shown)])
     print(text)
+
+
+def reference_gaps(source: str, kind: str, work: Path) -> dict[str, Gap]:
+    """What the references need on the sequences that models are scored on."""
+    spec, sequences = SOURCES[source], SEQUENCES[kind]
+    return {of: spec.gap(predictor, work, sequences) for of, predictor in spec.references(sequences).items()}
+
+
+def trained(runs: Runs) -> list[str]:
+    return [model for model in presets.COMPARED if any(model in models for models in runs.values())]
 
 
 def gaps_table(runs: Runs, references: dict[str, dict[str, Gap]]) -> str:
@@ -220,7 +225,7 @@ def gaps_table(runs: Runs, references: dict[str, dict[str, Gap]]) -> str:
             cells[model] = Cell(float(of.mean()), with_interval(of.mean(0)) + apart, 0, 0)
         spec = SOURCES[source]
         columns.append(Column(source, (f"{spec.title}: bits over", spec.reference), cells, None))
-    rows = [*presets.COMPARED, *dict.fromkeys(of for gaps in references.values() for of in gaps)]
+    rows = [*trained(runs), *dict.fromkeys(of for gaps in references.values() for of in gaps)]
     return markdown(Table(rows, columns))
 
 
@@ -235,7 +240,7 @@ def pairs_table(runs: Runs) -> str:
             if apart and model != BASE:
                 cells[model] = Cell(0, "; ".join(with_interval(each, "+") for each in apart), 0, 0)
         columns.append(Column(source, (SOURCES[source].title,), cells, None))
-    return markdown(Table([model for model in presets.COMPARED if model != BASE], columns))
+    return markdown(Table([model for model in trained(runs) if model != BASE], columns))
 
 
 def beyond_table(runs: Runs, work: Path) -> str:
@@ -252,7 +257,7 @@ def beyond_table(runs: Runs, work: Path) -> str:
             columns.append(
                 Column(source, (f"{spec.title}: {n // 2} to {n},", f"to {2 * n}, to {BEYOND * n}"), cells, None)
             )
-    return markdown(Table(list(presets.COMPARED), columns))
+    return markdown(Table(trained(runs), columns))
 
 
 def beyond(run: dict[str, Any], work: Path) -> np.ndarray:
@@ -313,6 +318,7 @@ def by_training(runs: Runs, references: dict[str, dict[str, Gap]]) -> Picture:
         for model, mine in models.items():
             steps = zip(*(run["curve"] for run in mine), strict=True)
             points = [(at[0]["sequences"], np.mean([each["total"] for each in at])) for at in steps]
+            totals += [total for _, total in points]
             draw(axis, model, points, markersize=3.5)
         label, least = f"bits a sequence over {SOURCES[source].reference}", max(min(totals), max(totals) / 400)
         _finish(axis, source, "training sequences", label, least / 1.5, max(totals))

@@ -34,7 +34,8 @@ def test_table(bmojo, refused, tmp_path):
     assert sum(facts["mass"].values()) == facts["total"] == 7**6
     assert facts["coverage"][1] == 2
     assert "of other settings: depth 6 there, 7 asked for" in refused(*arguments[:-3], 7, "--out", path)
-    assert "depth must be at most 22" in refused(*arguments[:-3], 40, "--out", tmp_path / "other.npz")
+    assert "must be from 1 to 22, got 40" in refused(*arguments[:-3], 40, "--out", tmp_path / "other.npz")
+    assert "is a folder; name the file" in refused(*arguments[:-2], "--out", tmp_path)
     assert "unknown machine 'bp1'" in refused("universal", "table", "--machine", "bp1", "--out", path)
 
 
@@ -59,8 +60,14 @@ def test_plot(bmojo, refused, small, tmp_path):
         code, printed, err = bmojo("universal", "plot", *tables, "--out", out)
         assert (code, printed.strip(), err) == (0, str(out), "")
         assert out.read_bytes().startswith(b"\x89PNG")
-    SolomonoffTable.build("bp7", 5, 5).save(other)
-    assert "is of 5 bits" in refused("universal", "plot", small, other, "--out", tmp_path / "no.png")
+    for settings, told in (
+        (("bp7", 5, 5), "differ in depth alone, got n_bits 5 and 6"),
+        (("bp6", 6, 5), "got identity 'bp6 +><[]. on 32 cells' and 'bp7"),
+        (("bp7", 6, 5, 9), "got steps 9 and 1024"),
+        (("bp7", 6, 7), "must differ in depth, got [7, 7]"),
+    ):
+        SolomonoffTable.build(*settings).save(other)
+        assert told in refused("universal", "plot", small, other, "--out", tmp_path / "no.png")
     (tmp_path / "text.npz").write_text("no table")
     assert "is no table of bmojo" in refused("universal", "plot", tmp_path / "text.npz", "--out", tmp_path / "no.png")
     assert "No such file" in refused("universal", "plot", tmp_path / "none.npz", "--out", tmp_path / "no.png")

@@ -1,4 +1,5 @@
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -79,8 +80,8 @@ def test_code_length_is_that_of_the_model(context):
                 logp = logits[0, : len(part) - 1].double().log_softmax(-1)
                 bits -= float(logp.gather(1, part[1:, None]).sum()) / np.log(2)
     head, code = read_head(compress(text, LanguageModel(model, streams=streams, context=context)))
-    beside = struct.unpack_from("<4Q", code)[3]
-    assert 8 * (len(code) - 32 - beside) == pytest.approx(bits, abs=10)
+    beside = struct.unpack_from("<4I", code)[3]
+    assert 8 * (len(code) - 16 - beside) == pytest.approx(bits, abs=10)
     assert head["length"] == len(text)
 
 
@@ -190,6 +191,11 @@ def test_a_model_that_predicts_nonsense_is_told():
         compress(b"abc", LanguageModel(model))
 
 
+def test_heads_are_short():
+    assert len(compress(b"", ByteCTW())) < 60
+    assert len(compress(b"", LanguageModel(make_model()))) < 130
+
+
 def test_files_of_later_formats_are_refused():
     packed = bytearray(compress(b"", ByteCTW(0)))
     packed[3] = 2
@@ -198,7 +204,8 @@ def test_files_of_later_formats_are_refused():
 
 
 def test_a_head_that_says_something_else_is_refused():
-    for head in (b"[1]", b"{}", b'{"code": "x"}', b"\xff"):
+    for text in (b"[1]", b"{}", b'{"code": "x"}', b"\xff", None):
+        head = b"{}" if text is None else zlib.compress(text)
         whole = struct.pack("<3sBI", b"bmz", 1, len(head)) + head
         with pytest.raises(CompressionError, match="damaged"):
             read_head(whole + struct.pack("<I", crc32c(whole)))

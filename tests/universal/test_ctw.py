@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from bmojo.errors import DataError
 from bmojo.universal import ctw
+from bmojo.universal.compiled import compiled
 from bmojo.universal.ctw import CTW
 from bmojo.universal.kt import KT, log2_kt
 
@@ -180,3 +181,13 @@ def test_other_input_is_refused(model, x):
 def test_other_depths_are_refused(depth):
     with pytest.raises(DataError, match=rf"0 to 20.*{depth}"):
         CTW(depth)
+
+
+def test_loops_are_compiled_where_nothing_can_be_kept(monkeypatch):
+    """As for a user who may write neither the package's folder nor a cache of their own."""
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+
+    def twice(x):
+        return 2 * x
+
+    assert compiled(twice)(21) == 42

@@ -94,7 +94,7 @@ def test_the_gap_is_zero_for_the_table_and_positive_for_others(n_bits, seed, oth
 
 
 def test_the_gap_of_a_solomonoff_table():
-    table = SolomonoffTable.build(n_bits=6, depth=5, processes=1)
+    table = SolomonoffTable.build(n_bits=6, depth=5, threads=1)
     gap = solomonoff_gap(CTW(4), table)
     assert (gap.total, gap.entropy) == pytest.approx(literal_gap(CTW(4), table))
     assert gap.entropy == pytest.approx(table.entropy())
@@ -103,7 +103,7 @@ def test_the_gap_of_a_solomonoff_table():
 @pytest.mark.slow
 def test_gaps_as_they_were_first_measured():
     """Depth 10, 16 bits, by another program: uniform 11.53, KT 4.40, CTW 2.76."""
-    table = SolomonoffTable.build(n_bits=16, depth=10, processes=1)
+    table = SolomonoffTable.build(n_bits=16, depth=10, threads=1)
     for model, bits in ((Uniform(), 11.53), (KT(), 4.40), (CTW(4), 2.76)):
         assert solomonoff_gap(model, table).total == pytest.approx(bits, abs=0.01)
 

@@ -150,6 +150,12 @@ def test_a_run_in_parts_is_the_run(program, part):
         assert (state, bits, steps) == (whole.state, whole.bits, whole.steps)
 
 
+@pytest.mark.parametrize("settings", [("+.,",), (".",), ("+.", 0), ("+.", 63)])
+def test_impossible_machines_are_refused(settings):
+    with pytest.raises(UniversalError, match=r"two or more of|cells must be from 1 to 62"):
+        type(BP7)("mine", *settings)
+
+
 def test_an_unknown_machine_is_refused():
     with pytest.raises(UniversalError, match="did you mean 'bp7'"):
         get_machine("bp8")

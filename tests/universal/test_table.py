@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bmojo.errors import BMojoError, UniversalError
 from bmojo.universal import CTW, KT, SolomonoffTable, enumeration, table
 from bmojo.universal.enumeration import Counts, count, count_plainly
-from bmojo.universal.machine import MACHINES, Machine, Run
+from bmojo.universal.machine import MACHINES, BrainPhoque, Machine, Run
 
 BUILDS = st.builds(
     SolomonoffTable.build,
@@ -50,6 +50,14 @@ def brute_force(machine, n_bits, depth, steps):
 
     visit(machine.start(), 1, depth)
     return counts
+
+
+SMALL = [BrainPhoque("narrow", "+><[].", 1), BrainPhoque("wide", "+-<[].", 40), BrainPhoque("full", ".]")]
+
+
+@pytest.mark.parametrize("machine", SMALL, ids=[machine.name for machine in SMALL])
+def test_every_entry_of_other_machines(machine):
+    same(count(machine, 4, 6, 20), brute_force(machine, 4, 6, 20))
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=list(MACHINES))
@@ -202,7 +210,7 @@ def test_a_killed_build_goes_on_to_the_identical_table(tmp_path):
     assert tasks > 0  # of this layer, which is not done
     steps = []
     again = SolomonoffTable.build(
-        "bp7", 9, 10, 50, checkpoint=path, processes=1, progress=lambda layers, nodes: steps.append(layers)
+        "bp7", 9, 10, 50, checkpoint=path, threads=1, progress=lambda layers, nodes: steps.append(layers)
     )
     assert steps[0] == 1
     same(again.counts, whole.counts)
@@ -219,8 +227,13 @@ def test_a_saved_table_is_the_table_and_another_is_refused(tmp_path):
     again = SolomonoffTable.load(path, machine="bp6", depth=6, steps=1024)
     same(again.counts, built.counts)
     assert (again.machine, again.n_bits, again.total) == ("bp6", 6, 6**6)
-    with pytest.raises(UniversalError, match="machine 'bp6' there, 'bp7' asked for; depth 6 there, 13 asked for"):
+    other = (
+        r"other settings: depth 6 there, 13 asked for; identity 'bp6 \+><\[]\. on 32 cells' there, 'bp7 .* asked for"
+    )
+    with pytest.raises(UniversalError, match=other):
         SolomonoffTable.load(path, machine="bp7", depth=13)
+    with pytest.raises(UniversalError, match=r"'bp6 .* on 10 cells' asked for"):
+        SolomonoffTable.load(path, machine=BrainPhoque("bp6", "+><[].", 10))
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UniversalError, match="no table of bmojo, or is damaged"):
@@ -235,12 +248,37 @@ def test_a_saved_table_is_the_table_and_another_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": "[1]"},
+        {"settings": '{"format": 1, "depth": 4}'},
+        {"settings": "{"},
+        {"settings": np.array({"format": 1}, object)},
+        {"first": np.zeros(3, np.uint64)},
+        {"loops": np.zeros(1 << 4)},
+        {"depth": "many"},
+    ],
+)
+def test_a_file_that_is_no_table_is_refused(tmp_path, change):
+    path = tmp_path / "table.npz"
+    SolomonoffTable.build(n_bits=4, depth=4).save(path)
+    with np.load(path) as arrays:
+        np.savez(path, **{**arrays, **change})
+    with pytest.raises(UniversalError, match="no table of bmojo, or is damaged"):
+        SolomonoffTable.load(path)
+
+
+@pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"depth": 23}, "at most 22 with 7 instructions.*7\\^23 = 27,368,747,340,080,916,343"),
-        ({"machine": "bp6", "depth": 25}, "at most 24 with 6"),
-        ({"depth": 0}, "depth must be at least 1, got 0"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"depth": 23}, r"depth \(of 7 instructions, as counts are .* below 2\^63\) must be from 1 to 22, got 23"),
+        ({"machine": "bp6", "depth": 25}, "of 6 instructions.* from 1 to 24"),
+        ({"depth": 0}, "depth .* must be from 1 to 22, got 0"),
+        ({"steps": 0}, "steps must be from 1 to 4,.*, got 0"),
+        ({"steps": 2**63}, "steps must be from 1 to"),
+        ({"threads": 0}, "threads must be from 1 to .*, got 0"),
+        ({"machine": BrainPhoque("wide", "+>.", 48), "n_bits": 8}, "at most 55, and a depth of at most 31, got 48"),
+        ({"machine": BrainPhoque("two", "+."), "n_bits": 8, "depth": 32}, "at most 31, got 32 . 8 and 32"),
         ({"n_bits": 21}, "n_bits must be from 1 to 20, got 21"),
         ({"machine": "bp9"}, "unknown machine 'bp9'"),
     ],
@@ -258,6 +296,13 @@ def test_strings_out_of_range_are_refused():
         built.count("0000")
     with pytest.raises(UniversalError, match="up to 2 bits here, got 3"):
         built.conditional("000")
+    for x in ([10, 1], 101, None, [True], np.zeros((2, 2), int)):
+        with pytest.raises(UniversalError, match="must be of bits, 0 and 1"):
+            built.count(x)
+    for length in (-1, 4):
+        with pytest.raises(UniversalError, match=f"length must be from 0 to 3, got {length}"):
+            built.top(1, length)
+    assert built.top(1, 0) == [("", 1.0)]
     unknown = built.conditional("11")
     assert (unknown.one, unknown.supported) == (0.5, False)
     with pytest.raises(UniversalError, match="3 bits can't be set against one of 4"):

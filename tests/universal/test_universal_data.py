@@ -5,7 +5,7 @@ import pytest
 
 from bmojo.data.synthetic import NO_ANSWER, make_task
 from bmojo.errors import UniversalError
-from bmojo.universal import SolomonoffTable, sample
+from bmojo.universal import SolomonoffTable, compiled, sample
 from bmojo.universal.sample import sample_outputs
 
 SETTINGS = {"n_bits": 6, "depth": 7, "steps": 64}
@@ -67,10 +67,10 @@ def test_the_task_says_where_an_output_ends():
 
 def test_compiled_samples_are_those_of_the_machine(monkeypatch):
     fast = sample_outputs(np.random.default_rng(3), 300, n_bits=12, depth=20, steps=100)
-    monkeypatch.setattr(sample, "HAS_NUMBA", False)
-    for one, other in zip(
-        fast, sample_outputs(np.random.default_rng(3), 300, n_bits=12, depth=20, steps=100), strict=True
-    ):
+    monkeypatch.setattr(compiled, "HAS_NUMBA", False)
+    with pytest.warns(UserWarning, match="100 times slower without numba"):
+        slow = sample_outputs(np.random.default_rng(3), 300, n_bits=12, depth=20, steps=100)
+    for one, other in zip(fast, slow, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -78,6 +78,15 @@ def test_settings_that_print_nothing_are_refused(monkeypatch):
     monkeypatch.setattr(sample, "_PATIENCE", 1000)
     with pytest.raises(UniversalError, match="programs of 2 instructions of bp7 printed 3 bits"):
         sample_outputs(np.random.default_rng(0), 4, n_bits=8, depth=2, at_least=3)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rows": 0}, {"n_bits": 0}, {"depth": 0}, {"steps": 0}, {"n_bits": 4, "at_least": 5}, {"at_least": -1}]
+)
+def test_samples_out_of_range_are_refused(settings):
+    name, value = list(settings.items())[-1]
+    with pytest.raises(UniversalError, match=f"{name} must be from [01] to .*, got {value}"):
+        sample_outputs(np.random.default_rng(0), **{"rows": 4, **settings})
 
 
 @pytest.mark.parametrize(

@@ -30,14 +30,15 @@ def table(
     depth: Annotated[int, typer.Option(help="The most instructions of a program.")] = 13,
     steps: Annotated[int, typer.Option(help="The most steps from one instruction drawn to the next.")] = 1024,
     machine: Machine = "bp7",
-    processes: Annotated[int, typer.Option(min=1, help="Threads that walk programs.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that walk programs.")] = 2,
     as_json: AsJson = False,
 ) -> None:
-    from bmojo.universal.machine import get_machine
     from bmojo.universal.table import SolomonoffTable
 
+    if out.is_dir():
+        raise UniversalError(f"{out} is a folder; name the file to write: --out {out / 'table.npz'}")
     checkpoint, begin = out.with_name(out.name + ".part"), time.monotonic()
-    settings = {"identity": get_machine(machine).identity, "n_bits": bits, "depth": depth, "steps": steps}
+    settings = {"machine": machine, "n_bits": bits, "depth": depth, "steps": steps}
     if out.exists():
         made = SolomonoffTable.load(out, **settings)
     else:
@@ -55,7 +56,7 @@ def table(
                 depth,
                 steps,
                 checkpoint=checkpoint,
-                processes=processes,
+                threads=threads,
                 progress=lambda layers, nodes: bar.update(task, completed=layers, nodes=nodes),
             )
         made.save(out)
@@ -116,13 +117,7 @@ def plot(
     from bmojo.universal.plot import table_picture
     from bmojo.universal.table import SolomonoffTable
 
-    loaded = [SolomonoffTable.load(path) for path in tables]
-    for path, other in zip(tables, loaded, strict=True):
-        if other.n_bits != loaded[0].n_bits:
-            raise UniversalError(
-                f"{path} is of {other.n_bits} bits, {tables[0]} of {loaded[0].n_bits}; give like tables"
-            )
-    write_whole(out, table_picture(loaded).png)
+    write_whole(out, table_picture([SolomonoffTable.load(path) for path in tables]).png)
     print(out)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from bmojo.errors import DataError
 from bmojo.universal.arithmetic import TOTAL, Decoder, Encoder, next_slot, put_symbol, take_symbol
-from bmojo.universal.compiled import HAS_NUMBA, compiled
+from bmojo.universal.compiled import compiled, uses_numba
 
 MAX_DEPTH = 6  # bytes: what a node is known by must fit in 63 bits
 _SIZES = (65_537, 1_048_573, 4_194_301, 16_777_213)  # nodes of a table: primes, as they are found by a remainder
@@ -65,8 +64,8 @@ class ByteCTW:
     def _run(
         self, values: NDArray[np.uint8], coder: Encoder | Decoder, encoding: bool, on_bytes: Callable[[int], Any]
     ) -> None:
-        if not HAS_NUMBA and len(values) > _PIECE:
-            warnings.warn("CTW is 100 times slower without numba: pip install 'bmojo[universal]'", stacklevel=4)
+        if len(values) > _PIECE:
+            uses_numba("CTW")
         size = next((size for size in _SIZES if size >= _NODES_A_BYTE * len(values)), _SIZES[-1])
         table = np.zeros(size + _BUCKET - 1, _NODE)
         nodes, past = (table["key"], table["ratio"], table["counts"]), np.zeros(1, np.int64)

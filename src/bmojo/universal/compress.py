@@ -3,7 +3,7 @@
     packed = compress(data, LanguageModel(model, tokenizer))       # or ByteCTW()
     data = decompress(packed, LanguageModel(model, tokenizer))
 
-    file:  b"bmz", version u8, length of the head u32, head (JSON), code, CRC32C of all of it u32        (little-endian)
+    file:  b"bmz", version u8, length of the head u32, head (JSON in zlib), code, CRC32C of all that u32 (little-endian)
     head:  length and CRC32C of the data, length of the code, what the coder says of itself
 
 Whatever is wrong is said: of a file that is damaged, cut off or of another model before it is decoded, and of data that
@@ -17,6 +17,7 @@ import platform
 import re
 import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,7 +39,12 @@ MAGIC, VERSION = b"bmz", 1
 STREAMS, SHORTEST = 64, 2048  # streams of a file at most, and tokens of one at least
 _FRAME = struct.Struct("<3sBI")
 _CRC = struct.Struct("<I")
-_PARTS = struct.Struct("<4Q")  # of a model's code: tokens, pieces, bytes that are no text, and of the code of both
+_USUAL = (  # what zlib knows of heads
+    b'{"length":,"crc32c":,"code":,"coder":{"name":"ctw","depth":6,"prior":0.5}}{"name":"bmojo","fingerprint":"",'
+    b'"tokenizer":"bytes","streams":64,"context":null,"computed":{"torch":"2.13.0+cpu","processor":"x86_64 AVX512",'
+    b'"device":"cpu","kernels":true,"precision":"highest","threads":1}}}'
+)
+_PARTS = struct.Struct("<4I")  # of a model's code: tokens, pieces, bytes that are no text, and of the code of both
 _NO_TOKENS = np.zeros(0, np.int64)
 # bytes that are no UTF-8, and the text between them where it is short
 _NO_TEXT = re.compile("([\udc80-\udcff]+(?:[^\udc80-\udcff]{1,15}[\udc80-\udcff]+)*)")
@@ -62,7 +68,8 @@ def compress(data: bytes, coder: Coder, on_bytes: OnBytes = _untold) -> bytes:
     """The file of `data`; `on_bytes` is told now and then how many bytes are done."""
     code = coder.encode(data, on_bytes)
     head = {"length": len(data), "crc32c": crc32c(data), "code": len(code), "coder": coder.record}
-    text = json.dumps(head, separators=(",", ":")).encode()
+    squeeze = zlib.compressobj(9, zdict=_USUAL)
+    text = squeeze.compress(json.dumps(head, separators=(",", ":")).encode()) + squeeze.flush()
     whole = _FRAME.pack(MAGIC, VERSION, len(text)) + text + code
     return whole + _CRC.pack(crc32c(whole))
 
@@ -75,9 +82,9 @@ def read_head(packed: bytes) -> tuple[dict[str, Any], bytes]:
     if version > VERSION:
         raise CompressionError(f"the file has format {version}, this bmojo reads up to {VERSION}; update bmojo")
     try:
-        head = json.loads(packed[_FRAME.size : _FRAME.size + size])
+        head = json.loads(zlib.decompressobj(zdict=_USUAL).decompress(packed[_FRAME.size : _FRAME.size + size]))
         expected = _FRAME.size + size + head["code"] + _CRC.size
-    except (ValueError, KeyError, TypeError):
+    except (zlib.error, ValueError, KeyError, TypeError):
         raise CompressionError("the file is damaged or cut off within its head; get it again") from None
     if len(packed) < expected:
         raise CompressionError(f"the file is cut off: expected {expected:,} bytes, got {len(packed):,}; get it again")
@@ -163,6 +170,8 @@ class LanguageModel:
         }
 
     def encode(self, data: bytes, on_bytes: OnBytes = _untold) -> bytes:
+        if len(data) >= 2**32:
+            raise CompressionError(f"a model takes files below 4 GiB, got {len(data):,} bytes; cut it")
         pieces = list(split(data, self.tokenizer))
         texts = [piece for piece in pieces if not isinstance(piece, bytes)]
         lengths = np.array([-len(p) if isinstance(p, bytes) else len(p) for p in pieces], "<i8")

@@ -87,19 +87,24 @@ def count(
     steps: int,
     *,
     checkpoint: Path | None = None,
-    processes: int = 2,
+    threads: int = 2,
     progress: Progress | None = None,
 ) -> Counts:
     """The counts of a BrainPhoque machine. With `checkpoint`, what is done is written there after each layer (and twice
     a minute within one), and a build that was interrupted goes on from it.
 
-    Raises UniversalError for a checkpoint of other settings.
+    Raises UniversalError for a checkpoint of other settings, and where a key does not fit in 63 bits.
     """
+    if machine.cells + n_bits > 55 or depth > 31:
+        raise UniversalError(
+            "a table holds cells and bits of together at most 55, and a depth of at most 31, "
+            f"got {machine.cells} + {n_bits} and {depth}"
+        )
     build = _Build(machine, n_bits, depth, steps)
     if checkpoint is not None and checkpoint.exists():
         build.restore(checkpoint)
     saved = time.monotonic()
-    with ThreadPoolExecutor(processes) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         try:
             for layer_done in build.run(pool):
                 if checkpoint is not None and (layer_done or time.monotonic() - saved > SAVE_EVERY):
@@ -195,7 +200,7 @@ class _Build:
         over, shift = self.n_bits + 1, self.n_bits + 1 + self.machine.cells
         keys, counts = _sum(self.waiting[self.layer])
         tapes, begins = np.unique(keys >> over, return_index=True)
-        for tape, begin, end in zip(tapes.tolist(), begins, [*begins[1:], len(keys)], strict=True):
+        for tape, (begin, end) in zip(tapes.tolist(), itertools.pairwise([*begins, len(keys)]), strict=True):
             expansion = self.expansions[tape]
             outputs, programs = keys[begin:end] & ((1 << over) - 1), counts[begin:end]
             for drawn in range(1, left + 1):
@@ -276,7 +281,7 @@ def read_arrays(path: Path, kind: str, expected: dict[str, Any]) -> Iterator[Any
     """The arrays of an .npz; UniversalError if it is no such file or was made with other settings than `expected`."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            settings = json.loads(str(arrays["settings"]))
+            settings = dict(json.loads(str(arrays["settings"])))
             other = [
                 f"{name} {settings.get(name)!r} there, {value!r} asked for"
                 for name, value in expected.items()

@@ -18,6 +18,13 @@ from bmojo.errors import UniversalError, nearest
 
 Outcome = Literal["request", "full", "loop", "timeout"]
 UNSET = -1
+MOST_STEPS = 2**62
+
+
+def require(name: str, value: int, least: int, most: int) -> None:
+    """Raises UniversalError unless least <= value <= most."""
+    if not least <= value <= most:
+        raise UniversalError(f"{name} must be from {least} to {most:,}, got {value:,}")
 
 
 class Run(NamedTuple):
@@ -108,6 +115,11 @@ class BrainPhoque(Machine):
     name: str
     instructions: str
     cells: int = 32
+
+    def __post_init__(self) -> None:
+        if len(self.instructions) < 2 or set(self.instructions) - set("+-><[]."):
+            raise UniversalError(f"instructions must be two or more of + - > < [ ] . , got {self.instructions!r}")
+        require("cells", self.cells, 1, 62)
 
     @property
     def identity(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bmojo.errors import UniversalError
 from bmojo.figures import Picture, make_picture, new_figure
 from bmojo.universal.table import SolomonoffTable
 
@@ -15,8 +16,18 @@ BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 
 
 def table_picture(tables: Sequence[SolomonoffTable], name: str = "table") -> Picture:
-    """Four panels of the deepest of the tables; the others, of lower depth, show how it converges."""
+    """Four panels of the deepest of the tables; the others, of lower depth, show how it converges.
+
+    Raises UniversalError for tables that differ in more than their depth, or not in it.
+    """
     *lower, table = sorted(tables, key=lambda table: table.depth)
+    for other in lower:
+        for name in ("identity", "n_bits", "steps"):
+            theirs, its = getattr(other, name), getattr(table, name)
+            if theirs != its:
+                raise UniversalError(f"tables to plot must differ in depth alone, got {name} {theirs!r} and {its!r}")
+    if len({table.depth for table in tables}) < len(tables):
+        raise UniversalError(f"tables to plot must differ in depth, got {[table.depth for table in tables]}")
     figure, axes = new_figure(4)
     figure.set_size_inches(11, 9)
     _ranks(axes[0], table)
@@ -49,15 +60,14 @@ def _ranks(axis, table: SolomonoffTable) -> None:
 
 def _tree(axis, table: SolomonoffTable) -> None:
     """Prefixes of up to TREE bits: across is the string as a binary fraction, the size is M_norm, the colour P(1)."""
-    weights, points = np.ones(1), []
-    for t, ones in enumerate(table.predictions[: TREE + 1]):
+    points = []
+    for t, (weights, ones) in enumerate(zip(table.measures[: TREE + 1], table.predictions, strict=False)):
         places = (np.arange(1 << t) + 0.5) / (1 << t)
         if t < min(TREE, table.n_bits - 1):
             for place in places:
                 for child in (-1, 1):
                     axis.plot([place, place + child / (4 << t)], [-t, -t - 1], color="#cccccc", linewidth=0.7, zorder=1)
         points += [(x, -t, w, p) for x, w, p in zip(places, weights, ones, strict=True)]
-        weights = (weights[:, None] * np.stack([1 - ones, ones], axis=1)).ravel()
     x, y, weight, one = np.array(points).T
     dots = axis.scatter(x, y, s=12 + 420 * weight, c=one, cmap="coolwarm", vmin=0, vmax=1, zorder=2, edgecolor="white")
     axis.figure.colorbar(dots, ax=axis, label="P(next bit is 1)", shrink=0.8)
@@ -68,20 +78,18 @@ def _tree(axis, table: SolomonoffTable) -> None:
 
 
 def _positions(axis, table: SolomonoffTable) -> None:
-    weights, entropies = np.ones(1), []
-    for ones in table.predictions:
+    entropies = []
+    for weights, ones in zip(table.measures, table.predictions, strict=False):
         each = np.stack([1 - ones, ones], axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             entropies.append(float(weights @ -np.where(each > 0, each * np.log2(each), 0).sum(1)))
-        weights = (weights[:, None] * each).ravel()
     t = np.arange(1, table.n_bits + 1)
     axis.plot(
         t, entropies, "o-", color=BLUE, markersize=4, label=f"entropy of the next bit ({sum(entropies):.2f} in all)"
     )
     shares = np.array(table.coverage()[1:]) / 2.0**t
     axis.plot(t, shares, "s-", color=GREEN, markersize=4, label="share of all strings that are printed")
-    axis.set(xlabel="bit", ylabel="bits, share", ylim=(0, None), title="by position")
-    axis.set_ylim(0, 1.05)
+    axis.set(xlabel="bit", ylabel="bits, share", ylim=(0, 1.05), title="by position")
 
 
 def _convergence(axis, table: SolomonoffTable, lower: Sequence[SolomonoffTable]) -> None:

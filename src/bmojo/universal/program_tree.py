@@ -8,8 +8,8 @@ leading one before its bits.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from bmojo.universal.compiled import compiled
 from bmojo.universal.machine import BrainPhoque
 
 FLIP, RIGHT, LEFT, OPEN, CLOSE, PRINT, DEFERRED = range(7)
@@ -30,7 +30,7 @@ def distinct(machine: BrainPhoque) -> tuple[np.ndarray, np.ndarray]:
 # One machine. code, jump [instructions], stack [open brackets] are written in place; `undo` takes it back.
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _extend(code, jump, stack, op, size, top, tape):
     """Writes an instruction at `size`; returns how many brackets are open now, and which it closed."""
     code[size], jump[size] = op, UNSET
@@ -45,7 +45,7 @@ def _extend(code, jump, stack, op, size, top, tape):
     return top, UNSET
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _run(code, jump, stack, size, at, top, tape, cells, taken, steps):
     """Runs until something happens; returns what, the new (at, top, tape, taken), and the bracket whose jump was set.
 
@@ -86,7 +86,7 @@ def _run(code, jump, stack, size, at, top, tape, cells, taken, steps):
     return REQUEST, at, top, tape, taken, UNSET
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _undo(jump, stack, link, closed, top):
     """Takes back what extending and running did, where `top` brackets were open before."""
     if closed != UNSET:
@@ -98,7 +98,7 @@ def _undo(jump, stack, link, closed, top):
 # A counter: open addressing, where the key 0 is a free slot. At most half of the slots are used.
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _count(keys, counts, key, by):
     """Adds to a counter in place; returns whether the key is new."""
     mask = len(keys) - 1
@@ -112,7 +112,7 @@ def _count(keys, counts, key, by):
     return new
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _grown(keys, counts):
     """The counter with four times the slots."""
     more, more_counts = np.zeros(4 * len(keys), np.int64), np.zeros(4 * len(keys), np.uint64)
@@ -122,7 +122,7 @@ def _grown(keys, counts):
     return more, more_counts
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def expand(start, cells, ops, weights, depth, steps, n_bits, prefix):
     """All that a machine with the tape `start` and no open bracket does with 1 to `depth` more instructions.
 
@@ -188,7 +188,7 @@ def expand(start, cells, ops, weights, depth, steps, n_bits, prefix):
     return keys[kept], counts[kept], still_open, nodes
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def spread(outputs, counts, words, word_counts, n_bits, table):
     """Adds counts[i] * word_counts[j] to the table, at outputs[i] followed by words[j] if that has at most n_bits."""
     for j in range(len(words)):
@@ -202,7 +202,7 @@ def spread(outputs, counts, words, word_counts, n_bits, table):
                 table[output] += counts[i] * word_counts[j]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def follow(outputs, counts, keys, key_counts, n_bits):
     """A counter of tape and output, tape << (n_bits + 1) | output: counts[i] * key_counts[j] for outputs[i] followed by
     the output of keys[j], if that has fewer than n_bits, on the tape of keys[j]."""
@@ -224,7 +224,7 @@ def follow(outputs, counts, keys, key_counts, n_bits):
     return joined[kept], joined_counts[kept]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def dovetail(cells, ops, weights, costs, gains, steps, data, table):
     """Every program whose first l instructions bring it to a new bit within steps[l] steps, l = 1 .. len(steps) - 1.
 
@@ -290,7 +290,7 @@ def dovetail(cells, ops, weights, costs, gains, steps, data, table):
     return best, best_steps, nodes, spent
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def outputs(programs, cells, steps, n_bits):
     """What programs [rows, D] of instructions print: bits uint8 [rows, n_bits], 0 behind the end; how many, [rows]."""
     rows, depth = programs.shape

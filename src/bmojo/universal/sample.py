@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from bmojo.errors import UniversalError
-from bmojo.universal.compiled import HAS_NUMBA
-from bmojo.universal.machine import BrainPhoque, Machine, get_machine
+from bmojo.universal.compiled import uses_numba
+from bmojo.universal.machine import MOST_STEPS, BrainPhoque, Machine, get_machine, require
 
 _PATIENCE = 2**22  # programs without a long enough output among them
 
@@ -32,9 +32,17 @@ def sample_outputs(
     P(1 | x) = M(x1) / (M(x0) + M(x1)): the table's M_norm, for at_least of 0 and 1 alike, since an empty output asks
     nothing. (A larger `at_least` changes the prediction of the first bits, to that given that many are printed.)
 
-    Raises UniversalError if millions of programs print too little.
+    Raises UniversalError for settings out of range, and if millions of programs print too little.
     """
     machine = get_machine(machine)
+    for name, value, least, most in (
+        ("rows", rows, 1, 2**31),
+        ("n_bits", n_bits, 1, 2**31),
+        ("depth", depth, 1, 2**31),
+        ("steps", steps, 1, MOST_STEPS),
+        ("at_least", at_least, 0, n_bits),
+    ):
+        require(name, value, least, most)
     found: list[tuple[np.ndarray, np.ndarray]] = []
     missing, vain = rows, 0
     while missing > 0:
@@ -54,7 +62,7 @@ def sample_outputs(
 
 def _run_all(machine: Machine, programs: np.ndarray, n_bits: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Bits and lengths of the outputs of programs [rows, depth], numbers of instructions."""
-    if isinstance(machine, BrainPhoque) and HAS_NUMBA:
+    if isinstance(machine, BrainPhoque) and uses_numba("to run programs"):
         from bmojo.universal import program_tree
 
         codes = np.array([program_tree.CODES[instruction] for instruction in machine.instructions])

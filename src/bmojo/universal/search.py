@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bmojo.errors import UniversalError
-from bmojo.universal.compiled import HAS_NUMBA
-from bmojo.universal.machine import BrainPhoque, Machine, get_machine
-from bmojo.universal.table import String, bits_of
+from bmojo.universal.compiled import uses_numba
+from bmojo.universal.machine import BrainPhoque, Machine, get_machine, require
+from bmojo.universal.table import MOST_BITS, String, bits_of
 
 MOST_PHASES = 62  # costs are integers below 2^63
 
@@ -80,7 +80,7 @@ def levin_search(
     machine, bits = get_machine(machine), bits_of(data)
     if not bits:
         raise UniversalError("there is nothing to search for: give at least one bit")
-    _check_phases(max_phase)
+    require("max_phase", max_phase, 1, MOST_PHASES)
     found = LevinSearch(bits, machine.name, machine.size, 0, 0, 0)
     for phase, (hit, nodes, spent) in enumerate(_searched(machine, bits, max_phase), 1):
         found = replace(found, phase=phase, nodes=found.nodes + nodes, spent=found.spent + spent)
@@ -120,12 +120,11 @@ class SpeedPrior:
 def speed_prior(n_bits: int, phases: int, machine: str | Machine = "bp7") -> SpeedPrior:
     """The speed prior of all strings to `n_bits` bits; costs about phases * 2^phases / log2 A steps."""
     machine = get_machine(machine)
-    _check_phases(phases)
-    if not 1 <= n_bits <= 20:
-        raise UniversalError(f"n_bits must be from 1 to 20, got {n_bits}")
+    require("phases", phases, 1, MOST_PHASES)
+    require("n_bits", n_bits, 1, MOST_BITS)
     gains = np.array([2.0 ** (1 - i) - 2.0**-phases for i in range(phases + 1)])
     table = np.zeros(2 << n_bits)
-    if isinstance(machine, BrainPhoque) and HAS_NUMBA:
+    if isinstance(machine, BrainPhoque) and uses_numba("the speed prior"):
         _compiled(machine, np.full(n_bits, 2), phases, gains, table)
     else:
         for phase, (events, _, _) in enumerate(dovetailed(machine, phases, n_bits), 1):
@@ -181,7 +180,7 @@ def dovetailed(
 
 def _searched(machine: Machine, data: str, most: int) -> Iterator[tuple[Event | None, int, int]]:
     """For each phase the best program that prints the data, nodes, and steps."""
-    if isinstance(machine, BrainPhoque) and HAS_NUMBA:
+    if isinstance(machine, BrainPhoque) and uses_numba("a search"):
         wanted = np.array([int(bit) for bit in data])
         for phase in range(1, most + 1):
             program, steps, nodes, spent = _compiled(machine, wanted, phase, np.zeros(1), np.zeros(1))
@@ -211,8 +210,3 @@ def _compiled(
     path, taken, nodes, spent = program_tree.dovetail(*arguments)
     first = {code: text for text, code in reversed(program_tree.CODES.items()) if text in machine.instructions}
     return "".join(first[int(ops[which])] for which in path), int(taken), nodes, spent
-
-
-def _check_phases(phases: int) -> None:
-    if not 1 <= phases <= MOST_PHASES:
-        raise UniversalError(f"the phases must be from 1 to {MOST_PHASES}, got {phases}")

@@ -13,6 +13,7 @@ Source: Solomonoff 1964 and 1978; the lazy programs, Grau-Moya et al. 2024, arXi
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from bmojo.errors import UniversalError
 from bmojo.files import optional_module
 from bmojo.universal.compiled import HAS_NUMBA
 from bmojo.universal.enumeration import Counts, Progress, count, count_plainly, read_arrays, write_arrays
-from bmojo.universal.machine import BrainPhoque, Machine, get_machine
+from bmojo.universal.machine import MOST_STEPS, BrainPhoque, Machine, get_machine, require
 
 FORMAT = 1
 MOST_BITS = 20  # 20 + 1 bits of output, 32 of tape, 5 + 2 of the rest are a key
@@ -35,10 +36,10 @@ String = str | np.ndarray | list[int] | tuple[int, ...]
 
 def bits_of(x: String) -> str:
     """A string of bits, given as text or as numbers; UniversalError for anything else."""
-    bits = "".join(map(str, x))
-    if set(bits) - {"0", "1"}:
-        raise UniversalError(f"a string must be of bits, 0 and 1, got {bits!r}")
-    return bits
+    bits = list(map(str, x)) if isinstance(x, Iterable) else [str(x)]
+    if not isinstance(x, Iterable) or set(bits) - {"0", "1"}:
+        raise UniversalError(f"a string must be of bits, 0 and 1, got {x!r}")
+    return "".join(bits)
 
 
 class Conditional(NamedTuple):
@@ -75,32 +76,28 @@ class SolomonoffTable:
         steps: int = 1024,
         *,
         checkpoint: str | Path | None = None,
-        processes: int = 2,
+        threads: int = 2,
         progress: Progress | None = None,
     ) -> SolomonoffTable:
         """Walk all programs of up to `depth` instructions, each run for up to `steps` steps from one to the next.
 
         `checkpoint` is a file written as each layer of depth is done; with it the same build goes on after any end of
-        the process, to the identical table. `processes` is how many threads walk at a time (numba frees the
-        interpreter's lock). `progress(layers done, nodes)` is called as each layer is done.
+        the process, to the identical table. `threads` walk at a time (numba frees the interpreter's lock).
+        `progress(layers done, nodes)` is called as more is done.
 
         Raises UniversalError for settings out of range (A^depth must be below 2^63) and for a checkpoint of other
         settings; MissingPackageError where numba is missing and depth above 6.
         """
         machine = get_machine(machine)
-        for name, value, most in (("n_bits", n_bits, MOST_BITS), ("depth", depth, None), ("steps", steps, None)):
-            if value < 1 or (most and value > most):
-                raise UniversalError(f"{name} must be {f'from 1 to {most}' if most else 'at least 1'}, got {value}")
-        if machine.size**depth >= 2**63:
-            most = next(d for d in range(depth) if machine.size ** (d + 1) >= 2**63)
-            raise UniversalError(
-                f"depth must be at most {most} with {machine.size} instructions: counts are integers below 2^63, "
-                f"and {machine.size}^{depth} = {machine.size**depth:,}"
-            )
+        deepest = next((d for d in range(63) if machine.size ** (d + 1) >= 2**63), 63)
+        require("n_bits", n_bits, 1, MOST_BITS)
+        require(f"depth (of {machine.size} instructions, as counts are integers below 2^63)", depth, 1, deepest)
+        require("steps", steps, 1, MOST_STEPS)
+        require("threads", threads, 1, 4096)
         if isinstance(machine, BrainPhoque) and (HAS_NUMBA or depth > PLAIN_DEPTH):
             optional_module("numba", f"a table of depth above {PLAIN_DEPTH}", "universal")
             path = None if checkpoint is None else Path(checkpoint)
-            counts = count(machine, n_bits, depth, steps, checkpoint=path, processes=processes, progress=progress)
+            counts = count(machine, n_bits, depth, steps, checkpoint=path, threads=threads, progress=progress)
         else:
             counts = count_plainly(machine, n_bits, depth, steps)
         return cls(machine.name, machine.identity, machine.size, n_bits, depth, steps, counts)
@@ -122,11 +119,16 @@ class SolomonoffTable:
     @classmethod
     def load(cls, path: str | Path, **expected: Any) -> SolomonoffTable:
         """A saved table; UniversalError if it is damaged, or its machine, n_bits, depth or steps not as `expected`."""
+        if "machine" in expected:
+            expected["identity"] = get_machine(expected.pop("machine")).identity
         with read_arrays(Path(path), "table", {"format": FORMAT, **expected}) as arrays:
             settings = json.loads(str(arrays["settings"]))
+            del settings["format"]
             counts = Counts(arrays["first"], arrays["loops"], arrays["timeouts"], int(arrays["depth"]))
-        del settings["format"]
-        table = cls(**settings, counts=counts)
+            table = cls(**settings, counts=counts)
+            for array, places in ((counts.first, 2), (counts.loops, 1), (counts.timeouts, 1)):
+                if array.dtype != np.uint64 or array.shape != (places << table.n_bits,):
+                    raise ValueError(f"{array.dtype} {array.shape}")
         if sum(table.mass().values()) != table.total:
             raise UniversalError(
                 f"{path} is a damaged table: its mass is {sum(table.mass().values())} of {table.total}"
@@ -210,17 +212,21 @@ class SolomonoffTable:
         ]
 
     @cached_property
+    def measures(self) -> list[np.ndarray]:
+        """For t = 0 .. n_bits, M_norm of all strings of t bits in lexicographic order, float64 [2^t], sums to 1."""
+        return _measures(self.predictions)
+
+    @property
     def measure(self) -> np.ndarray:
-        """M_norm of all strings of n_bits bits in lexicographic order, float64 [2^n_bits], sums to 1."""
-        return _measure(self.predictions)
+        """M_norm of all strings of n_bits bits."""
+        return self.measures[-1]
 
     def log2_probability(self, x: String) -> float:
         """log2 M_norm(x), at most n_bits bits; finite only if M_norm(x) > 0."""
         index = self._index(x, self.n_bits)
-        behind = self.n_bits + 1 - index.bit_length()
-        start = (index << behind) - (1 << self.n_bits)
+        length = index.bit_length() - 1
         with np.errstate(divide="ignore"):
-            return float(np.log2(self.measure[start : start + (1 << behind)].sum()))
+            return float(np.log2(self.measures[length][index - (1 << length)]))
 
     def entropy(self) -> float:
         """Of M_norm over strings of n_bits bits, in bits: n_bits less the gap of the uniform predictor."""
@@ -232,7 +238,7 @@ class SolomonoffTable:
         uniform / 2 with the M_norm' of another table, so that q is nowhere 0. Not 0 for the table itself."""
         if other.n_bits != self.n_bits:
             raise UniversalError(f"a table of {self.n_bits} bits can't be set against one of {other.n_bits}")
-        q = _measure([(1 - uniform) * one + uniform / 2 for one in other.predictions])
+        *_, q = _measures([(1 - uniform) * one + uniform / 2 for one in other.predictions])
         at = self.measure > 0
         return float((self.measure[at] * np.log2(self.measure[at] / q[at])).sum())
 
@@ -243,14 +249,15 @@ class SolomonoffTable:
     def top(self, k: int, length: int | None = None) -> list[tuple[str, float]]:
         """The k most probable strings of `length` bits (n_bits if None) with M(x), most probable first."""
         length = self.n_bits if length is None else length
+        require("length", length, 0, self.n_bits)
         counts = self.levels()[length]
         best = np.argsort(counts, kind="stable")[::-1][:k]
-        return [(f"{x:0{length}b}", int(counts[x]) / self.total) for x in best]
+        return [(f"{x + (1 << length):b}"[1:], int(counts[x]) / self.total) for x in best]
 
 
-def _measure(predictions: list[np.ndarray]) -> np.ndarray:
-    """The measure on strings that has these P(1 | x)."""
-    measure = np.ones(1)
+def _measures(predictions: list[np.ndarray]) -> list[np.ndarray]:
+    """Of the strings of each length, the measure that has these P(1 | x)."""
+    measures = [np.ones(1)]
     for one in predictions:
-        measure = (measure[:, None] * np.stack([1 - one, one], axis=1)).ravel()
-    return measure
+        measures.append((measures[-1][:, None] * np.stack([1 - one, one], axis=1)).ravel())
+    return measures
