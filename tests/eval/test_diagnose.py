@@ -219,6 +219,7 @@ def test_a_probe_is_ridge_regression_on_the_first_half_scored_on_the_second(monk
         ("swa", {"window": 8, "num_layers": 2}),
         ("swa", {"window": 4, "num_layers": 3, "conv_size": 3}),
         ("bmojo", {"window": 8}),
+        ("swa", {"window": 8, "num_layers": 2, "storage_layers": (0,), "storage_block": 4, "storage_stride": 4}),
         ("mamba2", {}),
         ("transformer", {}),
     ],
@@ -231,7 +232,11 @@ def test_reach_is_what_the_gradient_says(preset, settings):
     model.features(x)[0][0, -1].sum().backward()
     known = 80 - int(x.grad[0].abs().sum(-1).nonzero()[0, 0])
     found = reach(model.config)
-    assert known == (80 if found is None else found)
+    if model.config.storage_layers:  # what it looks for it may find anywhere
+        assert found is None
+        assert known > 15
+    else:
+        assert known == (80 if found is None else found)
     assert reach(model.config, 5) == 5
 
 
