@@ -95,7 +95,7 @@ def probes(fails, share=0.01):
         ((False, True), 4, "so it lacks memory, at lags 5 to 16: 2.000 % of their variance (95 % interval 0.000 to"),
         ((True, False), 4, "what came before them does not predict its errors"),
         ((True, False), 4, "so it lacks training or size, at lags 1 to 4: 1.000 %"),
-        ((True, True), 4, "so memory would help, at lags 5 to 16: 2.000 %"),
+        ((True, True), 4, "so memory would help, unless training makes it needless, at lags 5 to 16: 2.000 %"),
         ((True, True), 4, "what it knows predicts its errors, so training or size would help, at lags 1 to 4"),
         ((False, True), 9, "lags 5 to 16 fail, in part known and in part not: end --lags at 9 to tell which"),
         ((False, True), 9, "what came before them does not predict its errors"),
@@ -110,6 +110,12 @@ def test_says_in_words_what_is_lacking(text_fails, reach, expected):
 def a_diagnosis(text, p=0.5):
     none = probes((False, False))
     return Diagnosis(2000, 4, p, [1], [0.0], [0.5], [], [(1, 4), (5, 16)], none, text, none, 0.01)
+
+
+def test_repeats_alone_are_no_lack_of_memory():
+    none = probes((False, False))
+    found = Diagnosis(2000, 4, 0.5, [1], [0.0], [0.5], [], [(1, 4), (5, 16)], none, none, probes((False, True)), 0.01)
+    assert "so memory would help, unless training makes it needless" in "\n".join(in_words(found, 4))
 
 
 def test_does_not_call_white_what_all_lags_together_reject():

@@ -114,7 +114,9 @@ def in_words(found: Diagnosis, reach: int | None) -> list[str]:
     within = [entry for entry in found_beyond if entry[0][1] <= reach]
     across = [entry for entry in found_beyond if entry[0][0] <= reach < entry[0][1]]
     knows = f"the model knows the last {reach:,} tokens"
-    memory = "so memory would help" if within or across else "so it lacks memory"
+    # Where a model makes little of what it knows, what came before stands in for it.
+    alone = not (within or across) and any(band[0] > reach for band, _ in failing["the text before"])
+    memory = "so it lacks memory" if alone else "so memory would help, unless training makes it needless"
     words.append(f"{knows}: what came before them predicts its errors, {memory}, {_best(beyond)}" if beyond
                  else f"{knows}: what came before them does not predict its errors")  # fmt: skip
     rest = "so training or size would help" if beyond or across else "so it lacks training or size"

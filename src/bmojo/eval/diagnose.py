@@ -299,8 +299,11 @@ def sampled_lags(last: int) -> list[int]:
 
 def reach(config: ModelConfig, context: int | None = None) -> int | None:
     """How many of the last tokens a model can know anything of; None: there is no limit."""
-    windows = [None if part.ssm or part.eidetic else config.window_of(kind)
-               for kind in config.kinds for part in (config.parts(kind),)]  # fmt: skip
+    windows = []
+    for layer, kind in enumerate(config.kinds):
+        part = config.parts(kind)
+        endless = part.ssm or part.eidetic or layer in config.storage_layers
+        windows.append(None if endless else config.window_of(kind))
     if None in windows:
         return context
     steps = sum(window - 1 + max(config.conv_size - 1, 0) for window in windows if window is not None)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bmojo.errors import RealizationError
-from bmojo.realize.lti import LTI, numbers, whole
-
-Array = np.ndarray
+from bmojo.realize.lti import LTI, Array, numbers, whole
 
 
 def ho_kalman(h: Array, n: int | None = None) -> LTI:

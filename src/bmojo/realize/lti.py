@@ -357,7 +357,9 @@ class LTI:
         """
         n = self.A.shape[0]
         _conditioned(
-            self.stationary, "the backward model", "the system is uncontrollable: P is singular; `whitened` first"
+            self.stationary,
+            "the backward model",
+            "the system is uncontrollable, or nearly, and P singular; if by its units alone, `whitened` first",
         )
         T = np.linalg.cholesky(self.stationary)
         rows = np.linalg.solve(T, np.concatenate((self.A @ T, self.B), 1))
