@@ -1,7 +1,5 @@
 """Streams with a store: what they are told stays, however they are cut, left, kept, saved or forked."""
 
-import threading
-
 import pytest
 import torch
 from stream_cases import new_model
@@ -52,38 +50,6 @@ def test_it_is_the_loop_over_the_model(store):
     assert found != list(Stream(MODEL, **CHOICE).feed(TOKENS[:601]).generate(100))
     store.flush()
     assert store.engine.sources()["mine"]["blocks"] == 2 * (700 // 8)
-
-
-def test_what_is_asked_ahead_changes_nothing_but_the_time(store, monkeypatch):
-    """All but the first of the tokens that ask for a stride have their answers when it begins."""
-    search, queries = store.engine.search, []
-
-    def noted(layer, rows, *arguments, **options):
-        queries.append((threading.current_thread() is threading.main_thread(), len(rows)))
-        return search(layer, rows, *arguments, **options)
-
-    monkeypatch.setattr(store.engine, "search", noted)
-    stream, twin = (Stream(MODEL, store=store, write=False, **CHOICE).feed(TOKENS[:600]) for _ in range(2))
-    first = list(stream.generate(8))  # the first stride was asked for by tokens that were fed
-    queries.clear()
-    ahead = list(stream.generate(60))
-    assert set(queries) == {(True, 1), (False, 1)}
-    monkeypatch.setattr(store, "ask", lambda *arguments: None)
-    assert list(twin.generate(8)) == first
-    queries.clear()
-    assert list(twin.generate(60)) == ahead
-    assert set(queries) == {(True, 2)}
-
-
-def test_what_fails_ahead_is_raised_where_it_is_wanted(store, monkeypatch):
-    stream = Stream(MODEL, store=store, write=False, **CHOICE).feed(TOKENS[:601])
-
-    def damaged(*arguments, **options):
-        raise StoreError("block 3 is damaged")
-
-    monkeypatch.setattr(store.engine, "search", damaged)
-    with pytest.raises(StoreError, match="block 3 is damaged"):
-        list(stream.generate(8))
 
 
 def test_left_kept_forked_and_broken_off(store):

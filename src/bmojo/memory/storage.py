@@ -542,7 +542,6 @@ class Storage:
         due = [row for row, p in enumerate(position) if p % g.stride == 0 and self.find]
         if due:
             self._find_due(layer, due, position, q)
-        self._ask_ahead(layer, position, q)
         if kept.laid is None:
             kept.laid = self._lay(layer, at, held, q)
         if score is not None:
@@ -623,7 +622,8 @@ class Storage:
             before = min(begin + g.stride - g.window, begin - newer * g.block + 1)
             kept = own[row].best(each, before, g.blocks, 0 if older is None else begin - older * g.block + 1)
             mine.append([(score, 1, block.start, block) for score, block in kept])
-        want = self._wanted(layer, (row for row, _ in strides))
+        # what is handed over is in the store and kept here, too
+        want = g.blocks + (max(len(own[row].blocks) for row, _ in strides) if self.write else 0)
         newest = self.generation - newer * len(self.layers)
         after = -1 if older is None else max(-1, self.generation - older * len(self.layers))
         while True:
@@ -768,46 +768,26 @@ class Storage:
 
     def _find_due(self, layer: int, due: Sequence[int], position: Sequence[int], q: Tensor) -> None:
         """Find what the strides that begin now read."""
-        kept = self.layers[layer]
+        g, kept = self.geometry[layer], self.layers[layer]
         kept.laid = None
         asked = [row for row in due if position[row] > 0]
         for row in due:
             kept.found[row] = []
         if not asked:
             return
-        strides = [(row, position[row]) for row in asked]
-        asking = self._asking(layer, strides, q)
-        if kept.faded:
-            for (row, at), some in zip(strides, self._aged(layer, strides, asking), strict=True):
-                self._rank(layer, row, at, some)
-            return
-        for row, found in zip(asked, self._search(layer, strides, asking), strict=True):
-            kept.found[row] = [block for _, block in found]
-
-    def _asking(self, layer: int, strides: Sequence[tuple[int, int]], q: Tensor) -> Tensor:
-        """What asks for each stride (row, begin): the token at `begin` and those before it, [m, n, D]."""
-        g, ring = self.geometry[layer], self.layers[layer].asking
-        assert ring is not None
-        rows, begin = torch.tensor(strides, device=q.device).T
+        assert kept.asking is not None
+        begin = torch.tensor([position[row] for row in asked], device=q.device)
         before = begin[:, None] - torch.arange(g.queries, device=q.device)
         before = torch.where(before >= 0, before, begin[:, None])
-        return g.asking(ring[rows[:, None], before % ring.shape[1]].unflatten(-1, q.shape[1:]), begin)
-
-    def _ask_ahead(self, layer: int, position: Sequence[int], q: Tensor) -> None:
-        """The last tokens of a stride ask for the next one: what is found for them is looked for meanwhile."""
-        g, kept = self.geometry[layer], self.layers[layer]
-        left = [g.stride - p % g.stride for p in position]  # tokens to the next stride
-        rows = [row for row, n in enumerate(left) if n < g.queries]
-        if not rows or self.store is None or not self.find or kept.faded or self.generation < 0:
+        rows = torch.tensor(asked, device=q.device)[:, None]
+        asking = kept.asking[rows, before % kept.asking.shape[1]].unflatten(-1, q.shape[1:])
+        strides = [(row, position[row]) for row in asked]
+        if kept.faded:
+            for (row, at), some in zip(strides, self._aged(layer, strides, g.asking(asking, begin)), strict=True):
+                self._rank(layer, row, at, some)
             return
-        asking = _numpy(self._asking(layer, [(row, position[row] + left[row]) for row in rows], q))
-        mine = np.stack([each[left[row]] for row, each in zip(rows, asking, strict=True)])
-        self.store.ask(layer, mine, self._wanted(layer, rows), self.generation, g.blocks)
-
-    def _wanted(self, layer: int, rows: Iterable[int]) -> int:
-        """Of so many blocks found in the store, enough are not such as the session keeps itself."""
-        own = self.layers[layer].own
-        return self.geometry[layer].blocks + (max(len(own[row].blocks) for row in rows) if self.write else 0)
+        for row, found in zip(asked, self._search(layer, strides, g.asking(asking, begin)), strict=True):
+            kept.found[row] = [block for _, block in found]
 
     def _lay(self, layer: int, at: Step, held: Tensor | None, like: Tensor) -> Laid:
         """What was found, for the strides that the tokens are in."""

@@ -22,7 +22,6 @@ from bmojo.memory.faded import NOTES
 WAITING = 1024  # blocks that may wait to be written before who hands over more has to wait
 AT_ONCE = 64  # blocks of one commit
 REMEMBERED = 256  # blocks kept as they were read
-ASKED = 1024  # questions asked ahead that may be open
 PAUSE = 0.001  # seconds between two looks at what the writer has done
 
 # settings that change what is read, or how a model is trained, not what is stored
@@ -30,8 +29,6 @@ _READING = {"storage_stride", "storage_queries", "storage_blocks", "head_loss_we
 
 
 Waiting = tuple[Block, Callable[[Block, int], None], bool]  # to be told its id; whether it was put before
-Question = tuple[int, bytes, int, int, int]  # layer, query, count, generation, after
-Answer = tuple[np.ndarray, np.ndarray]  # scores and ids, best first
 
 
 class Model(Protocol):
@@ -103,11 +100,6 @@ class Store:
         self._queue: queue.SimpleQueue[Waiting | list[bool]] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._failed: BaseException | None = None
-        self._questions: queue.SimpleQueue[tuple[Question, np.ndarray, int, queue.SimpleQueue] | None] = (
-            queue.SimpleQueue()
-        )
-        self._asked: OrderedDict[Question, queue.SimpleQueue[Answer | None]] = OrderedDict()
-        self._finder: threading.Thread | None = None
         self._decay: dict[int, Decay] = {}
         self._unsaved: set[int] = set()
 
@@ -165,20 +157,6 @@ class Store:
                 self._pinned, self._looked = self.engine.pin(), time.monotonic()
             return self._pinned
 
-    def ask(self, layer: int, asking: np.ndarray, count: int, generation: int, wanted: int) -> None:
-        """Begin in the background to find what `search` with the same arguments will be asked for tokens asking [n, D],
-        and to read the best `wanted` blocks for each."""
-        if self._finder is None:
-            self._finder = threading.Thread(target=self._find, name="bmojo-store-finder", daemon=True)
-            self._finder.start()
-        for query in asking:
-            question, answer = (layer, query.tobytes(), count, generation, -1), queue.SimpleQueue[Answer | None]()
-            with self._lock:
-                self._asked[question] = answer
-                if len(self._asked) > ASKED:  # of streams that were left, or went elsewhere
-                    self._asked.popitem(last=False)
-            self._questions.put((question, query, wanted, answer))
-
     def search(
         self, layer: int, asking: np.ndarray, count: int, generation: int, after: int = -1
     ) -> list[list[tuple[float, int]]]:
@@ -187,15 +165,8 @@ class Store:
         if generation <= after:
             return [[] for _ in asking]
         strides, each, _ = asking.shape
-        queries = asking.reshape(strides * each, -1)
-        with self._lock:
-            asked = [self._asked.pop((layer, query.tobytes(), count, generation, after), None) for query in queries]
-        answers = [None if answer is None else answer.get() for answer in asked]
-        if new := [i for i, answer in enumerate(answers) if answer is None]:
-            found = self.engine.search(layer, queries[new], count, generation=generation, after=after)
-            for i, answer in zip(new, zip(*found, strict=True), strict=True):
-                answers[i] = answer
-        score, number = (np.concatenate(z).reshape(strides, -1) for z in zip(*answers, strict=True))
+        found = self.engine.search(layer, asking.reshape(strides * each, -1), count, generation=generation, after=after)
+        score, number = (z.reshape(strides, -1) for z in found)
         results = []
         for s, n in zip(score, number, strict=True):
             order = np.lexsort((-n, -s))
@@ -258,7 +229,6 @@ class Store:
             with self._lock:
                 self.deleted = {**self.deleted, source: newest}
                 self._read = OrderedDict((n, b) for n, b in self._read.items() if b.source != source)
-                self._asked.clear()
         return count
 
     def stats(self) -> dict[str, Any]:
@@ -273,10 +243,6 @@ class Store:
                 self._queue.put([])
                 self._writer.join()
                 self._writer = None
-            if self._finder is not None:
-                self._questions.put(None)
-                self._finder.join()
-                self._finder = None
         if self._failed is None:
             self._keep_learned()
         self.engine.close()
@@ -324,14 +290,3 @@ class Store:
                 if not items[-1]:
                     return
                 items[-1][0] = True
-
-    def _find(self) -> None:
-        """What is asked ahead, in order. Where that fails, who asked finds out by asking again."""
-        while (asked := self._questions.get()) is not None:
-            (layer, _, count, generation, after), query, wanted, answer = asked
-            try:
-                score, number = self.engine.search(layer, query[None], count, generation=generation, after=after)
-                answer.put((score[0], number[0]))
-                self.fetch(n for n in number[0, :wanted].tolist() if n >= 0)
-            except Exception:
-                answer.put(None)
