@@ -538,7 +538,8 @@ class Storage:
             kept.asking = q.new_zeros(self.rows, g.ring(decays=self.decays), q[0].numel())
         if kept.score is None and score is not None:
             kept.score = score.new_zeros(self.rows, g.block)
-        kept.asking = put(kept.asking, at.position % kept.asking.shape[1], q.flatten(1))
+        if kept.faded or any(-p % g.stride < g.queries for p in position):  # else nobody will ask for what it held
+            kept.asking = put(kept.asking, at.position % kept.asking.shape[1], q.flatten(1))
         due = [row for row, p in enumerate(position) if p % g.stride == 0 and self.find]
         if due:
             self._find_due(layer, due, position, q)
