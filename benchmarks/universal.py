@@ -208,6 +208,10 @@ def reference_gaps(source: str, kind: str, work: Path) -> dict[str, Gap]:
     return {of: spec.gap(predictor, work, sequences) for of, predictor in spec.references(sequences).items()}
 
 
+def trained(runs: Runs) -> list[str]:
+    return [model for model in presets.COMPARED if any(model in models for models in runs.values())]
+
+
 def gaps_table(runs: Runs, references: dict[str, dict[str, Gap]]) -> str:
     """Mean over the seeds, half of its 95 % interval over the sources, and the least and the most of several seeds."""
     columns = []
@@ -221,7 +225,7 @@ def gaps_table(runs: Runs, references: dict[str, dict[str, Gap]]) -> str:
             cells[model] = Cell(float(of.mean()), with_interval(of.mean(0)) + apart, 0, 0)
         spec = SOURCES[source]
         columns.append(Column(source, (f"{spec.title}: bits over", spec.reference), cells, None))
-    rows = [*presets.COMPARED, *dict.fromkeys(of for gaps in references.values() for of in gaps)]
+    rows = [*trained(runs), *dict.fromkeys(of for gaps in references.values() for of in gaps)]
     return markdown(Table(rows, columns))
 
 
@@ -236,7 +240,7 @@ def pairs_table(runs: Runs) -> str:
             if apart and model != BASE:
                 cells[model] = Cell(0, "; ".join(with_interval(each, "+") for each in apart), 0, 0)
         columns.append(Column(source, (SOURCES[source].title,), cells, None))
-    return markdown(Table([model for model in presets.COMPARED if model != BASE], columns))
+    return markdown(Table([model for model in trained(runs) if model != BASE], columns))
 
 
 def beyond_table(runs: Runs, work: Path) -> str:
@@ -253,7 +257,7 @@ def beyond_table(runs: Runs, work: Path) -> str:
             columns.append(
                 Column(source, (f"{spec.title}: {n // 2} to {n},", f"to {2 * n}, to {BEYOND * n}"), cells, None)
             )
-    return markdown(Table(list(presets.COMPARED), columns))
+    return markdown(Table(trained(runs), columns))
 
 
 def beyond(run: dict[str, Any], work: Path) -> np.ndarray:

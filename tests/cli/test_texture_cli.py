@@ -39,6 +39,13 @@ def test_fit_says_what_it_did(bmojo, clip, tmp_path):
     assert f"bmojo texture synthesize {out}" in said
 
 
+def test_fit_names_its_file_itself(bmojo, clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, said, _ = bmojo("texture", "fit", clip, "--states", 6)
+    assert (code, [path.name for path in tmp_path.iterdir()]) == (0, ["wave.texture"])
+    assert "\nwave.texture: " in said
+
+
 def test_fit_reads_less_of_it_smaller(bmojo, clip, tmp_path):
     out = tmp_path / "wave.texture"
     assert bmojo("texture", "fit", clip, "--states", 4, "--size", 16, "--max-frames", 20, "--fps", 5, "-o", out)[0] == 0
@@ -60,9 +67,10 @@ def test_synthesize(bmojo, model, tmp_path, name, speed):
 
 def test_wrong_input_is_one_line(refused, model, clip, tmp_path):
     out = tmp_path / "x.mp4"
-    assert "no such file" in refused("texture", "fit", tmp_path / "none.mp4", "-o", out)
-    assert "need at least 62 frames, got 60" in refused("texture", "fit", clip, "--states", 60, "-o", out)
-    assert "--states" in refused("texture", "fit", clip, "--states", 0, "-o", out)
+    assert "no such file" in refused("texture", "fit", tmp_path / "none.mp4")
+    assert "need at least 62 frames, got 60" in refused("texture", "fit", clip, "--states", 60)
+    assert "--states" in refused("texture", "fit", clip, "--states", 0)
+    assert "got the name of a video" in refused("texture", "fit", clip, "-o", clip)
     assert "is no texture" in refused("texture", "synthesize", clip, "-o", out)
     assert "no file" in refused("texture", "synthesize", tmp_path / "none", "-o", out)
     assert "speed must be a finite number" in refused("texture", "synthesize", model, "--speed", 0, "-o", out)

@@ -98,6 +98,9 @@ def test_refused():
     layer, state, _ = a_layer("bmojo", 5)
     with pytest.raises(StateError, match="one row, got 2"):
         layer.linearize({name: torch.cat((z, z)) for name, z in state.items()})
+    for x in (torch.zeros(3), torch.zeros(1, 8), torch.full((8,), torch.nan)):
+        with pytest.raises(StateError, match=r"x must be finite numbers \[hidden_size\], \[8\], got "):
+            layer.linearize(state, x)
     full = Mixer(ModelConfig(**{**SMALL, "window": None, "pattern": ("attention",)}))
     with pytest.raises(StateError, match="no state of fixed size"):
         full.linearize(full.empty_state(1))

@@ -125,6 +125,11 @@ def test_the_response_is_the_sum_over_its_kernels():
         (lambda: carleman(lambda x, u: x + 1, lambda x: x, states=1, inputs=1, order=2), "shift the equilibrium"),
         (lambda: carleman(lambda x, u: x, lambda x: x + 1, states=1, inputs=1, order=2), r"g\(0\) must be"),
         (lambda: carleman(lambda x, u: x.abs().sqrt(), lambda x: x, states=1, inputs=1, order=2), "must be finite"),
+        (
+            lambda: carleman(lambda x, u: x[:1], seen, states=2, inputs=1, order=2),
+            "f must give the next 2 states, got 1",
+        ),
+        (lambda: carleman(lambda x, u: [x[0]], seen, states=1, inputs=1, order=2), "must be a torch tensor, got list"),
         (lambda: carleman(pendulum, seen, states=2, inputs=1, order=0), "order must be"),
         (lambda: carleman(pendulum, seen, states=20, inputs=1, order=5), "takes 53129 states"),
         (lambda: carleman(pendulum, seen, states=2, inputs=1, order=1).kernel([(0, 0)]), "lags that differ"),

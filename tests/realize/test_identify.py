@@ -48,9 +48,9 @@ def test_cva_predicts_nearly_as_well_as_the_truth(seed):
 
 def test_the_mean_and_the_units_do_not_matter():
     y = stable(3, 3, 2, 4).simulate(3000, 1)
-    plain, scaled = cva(y, 3, lags=6), cva(y * [1e3, 1e-4] + [5, -7], 3, lags=6)
+    plain, scaled = cva(y, 3, lags=6), cva(y * [1e3, 1e-14] + [5, -7e-13], 3, lags=6)
     np.testing.assert_allclose(np.abs(scaled.poles), np.abs(plain.poles), rtol=1e-6)
-    unit = np.diag([1e3, 1e-4])
+    unit = np.diag([1e3, 1e-14])
     np.testing.assert_allclose(scaled.innovations().R_e, unit @ plain.innovations().R_e @ unit, rtol=1e-6)
 
 
@@ -133,6 +133,8 @@ NOISE = np.random.default_rng(0).standard_normal((500, 2))
         (lambda: cva(NOISE[:, 0]), r"must be \[N, p\]"),
         (lambda: cva("text"), "real numbers"),
         (lambda: ho_kalman(np.ones((2, 1, 1))), "k >= 2"),
+        (lambda: ho_kalman(np.ones((7, 1, 1)), 1.5), "n must be a whole number"),
+        (lambda: cva(NOISE * 1e200), r"the series must be at most 1e\+150, got .*; take other units"),
         (lambda: ho_kalman(np.ones((7, 1, 1)), 3), "rank 1 determine 1 ... 1"),
         (lambda: stable(0, 2, 1, 2).excess(stable(0, 2, 2, 3)), "as many outputs"),
     ],

@@ -37,7 +37,7 @@ def random_clip(seed: int, states: int = 6, frames: int = 40, radius: float | No
     A *= (radius or rng.uniform(0.3, 0.99)) / np.abs(np.linalg.eigvals(A)).max()
     x = LTI(A, np.eye(states), np.eye(states), np.zeros((states, states))).simulate(frames, seed)
     clip = x @ rng.standard_normal((states, 30))
-    return (0.5 + 0.1 * clip / clip.std()).reshape(frames, 5, 6, 1)
+    return (0.5 + 0.45 * clip / np.abs(clip).max()).reshape(frames, 5, 6, 1)
 
 
 def random_texture(seed: int) -> DynamicTexture:
@@ -153,9 +153,12 @@ class TestRefused:
             (np.zeros((9, 4, 4)), 2, DataError, r"\[frames, height, width, 1 or 3\], got \[9, 4, 4\]"),
             (np.zeros((9, 4, 4, 2)), 2, DataError, "height, width, 1 or 3"),
             (np.zeros((0, 4, 4, 1)), 2, DataError, "height, width, 1 or 3"),
-            (np.full((9, 4, 4, 1), np.nan), 2, DataError, "must be finite"),
+            (np.full((9, 4, 4, 1), np.nan), 2, DataError, r"must be in 0 ... 1, got nan"),
+            ((255 * wave(9, 8)).round(), 2, DataError, r"must be in 0 ... 1, got \d+ to \d+; divide bytes by 255"),
+            ("clip.mp4", 2, RealizationError, "a video must be real numbers"),
             (np.full((9, 4, 4, 1), 0.3), 2, RealizationError, "nothing moves in this video"),
-            (wave(9, 8), 0, RealizationError, "states must be at least 1, got 0"),
+            (wave(9, 8), 0, RealizationError, "states must be a whole number of at least 1, got 0"),
+            (wave(9, 8), 2.5, RealizationError, "states must be a whole number of at least 1, got 2.5"),
             (wave(9, 8), 8, DataError, r"8 states need at least 10 frames, got 9; use at most 7 \(--states\)"),
             (wave(2, 8), 1, DataError, "1 states need at least 3 frames, got 2; a longer clip"),
             (wave(30, 8, noise=0), 6, RealizationError, "only 4 states can be told .* use at most 4"),
@@ -179,6 +182,10 @@ class TestRefused:
     def test_numbers_of_frames(self, texture, frames):
         with pytest.raises(RealizationError, match="frames must be from 1 to 100,000"):
             texture.synthesize(frames)
+
+    def test_seeds(self, texture):
+        with pytest.raises(RealizationError, match="seed must be a whole number of at least 0, got -1"):
+            texture.synthesize(3, seed=-1)
 
     def test_frames_of_another_size(self, texture):
         with pytest.raises(DataError, match=r"frames must be \[64, 64, 1\] as the clip's, got \[8, 8, 1\]"):

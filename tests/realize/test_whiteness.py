@@ -152,6 +152,13 @@ def test_power(null):
     assert np.mean([failing == (4,) for failing in found]) > 0.7
 
 
+def test_units_do_not_matter_and_whole_numbers_of_any_kind_are_lags():
+    e = white(200, 2)
+    expected = whiteness(e, 4).total
+    for scale in (1e-200, 1e200):
+        np.testing.assert_allclose(whiteness(e * [1, scale], np.arange(1, 5, dtype=np.uint8)).total, expected)
+
+
 def test_draws_are_those_of_the_seed():
     e = white(200, 2)
     first, same, other = (whiteness(e, 4, null="martingale", seed=seed, samples=50) for seed in (0, 0, 1))
@@ -186,6 +193,9 @@ def test_bad_errors_are_refused(change, message):
     ("change", "message"),
     [
         ({"lags": 0}, "got 0"),
+        ({"lags": 2.5}, "whole number of at least 1, or ascending ones, got 2.5"),
+        ({"lags": np.array([3, 2], np.uint8)}, "ascending"),
+        ({"null": None}, "unknown null None"),
         ({"lags": [3, 2]}, "ascending"),
         ({"lags": []}, "ascending"),
         ({"fitted": 40}, "less than the 40 correlations"),

@@ -64,3 +64,15 @@ def test_it_goes_on_and_reports(benchmark, tmp_path, monkeypatch):
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert len(results["runs"]) == 2
     assert (tmp_path / "out/figures/context.png").stat().st_size > 10_000
+
+
+def test_the_page_shows_the_tables_that_were_measured():
+    folder = Path(__file__).parents[2] / "docs/results"
+    page, measured = ((folder / name).read_text() for name in ("universal.md", "universal/table.md"))
+    rows = [line for line in measured.splitlines() if line.startswith("| ")]
+    assert len(rows) > 20
+    assert all(row in page for row in rows)
+    results = json.loads((folder / "universal/results.json").read_text())
+    for run in results["runs"]:
+        assert 95_000 <= run["parameters"] <= 105_000
+        assert sum(run["final"]["positions"]) == pytest.approx(run["final"]["total"], abs=1e-2)

@@ -8,12 +8,16 @@ from typing import Annotated
 import typer
 
 from bmojo.cli.options import Seed
+from bmojo.errors import ConfigError
 from bmojo.tables import size_text
 
 
 def fit(
     video: Annotated[Path, typer.Argument(help="A video file, a .gif, or a folder of .png or .jpg frames.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="MODEL", help="The file to write.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="MODEL", help="The file to write; VIDEO.texture, here, if left out."),
+    ] = None,
     states: Annotated[int, typer.Option(min=1, help="Numbers that a moment of the scene is described by.")] = 20,
     size: Annotated[
         int, typer.Option(min=0, help="Scale frames down until no side is longer; 0 keeps them as they are.")
@@ -23,8 +27,11 @@ def fit(
     fps: Annotated[float | None, typer.Option(help="Frames a second; as in the file if left out.")] = None,
 ) -> None:
     from bmojo.realize.texture import DynamicTexture
-    from bmojo.realize.video import read_video
+    from bmojo.realize.video import VIDEOS, read_video
 
+    out = Path(f"{video.resolve().stem}.texture") if out is None else out
+    if out.suffix.lower() in (*VIDEOS, ".gif"):
+        raise ConfigError(f"--out takes the file of the texture, got the name of a video, {out}")
     clip = read_video(video, size=size or None, max_frames=max_frames, gray=gray)
     texture = DynamicTexture.fit(clip.frames, states, clip.fps if fps is None else fps)
     written = texture.save(out)

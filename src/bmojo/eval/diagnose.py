@@ -238,7 +238,7 @@ def diagnose(
     reading: Reading, bands: Sequence[Band], *, level: float = 0.05, samples: int = 99, seed: int = 0
 ) -> Diagnosis:
     """Tests of the errors at the lags up to the last of `bands`, which ascend. `samples`, `seed`: draws of the test.
-    `level`: the chance that a model that is right fails anything at all; each of the VIEWS is tested at its share of it.
+    `level`: the chance, at most, that a model that is right fails anything at all; each of the VIEWS has its share.
 
     The portmanteau test is of the second half of the text, at `sampled_lags` and at those that the probes picked on the
     first half, with signs that change SIGNS times.

@@ -31,6 +31,8 @@ def linearize(layer: Mixer, state: State, x: Tensor | None = None) -> tuple[Tens
         raise StateError(f"linearize takes the state of one row, got {len(position)}; select one")
     if layer.kind != "ssm" and layer.window is None:
         raise StateError("a layer that reads the whole past has no state of fixed size: linearize one with a window")
+    if x is not None and (x.shape != (config.hidden_size,) or not x.isfinite().all()):
+        raise StateError(f"x must be finite numbers [hidden_size], [{config.hidden_size}], got {list(x.shape)}")
     if size > MOST_NUMBERS:
         raise StateError(f"the state has {size} numbers, above {MOST_NUMBERS}: take a smaller window, heads or slots")
     twin = copy.deepcopy(layer).double().requires_grad_(False)

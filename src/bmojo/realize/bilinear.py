@@ -73,7 +73,8 @@ def carleman(
     z are the monomials of x of degrees 1 ... order; their next values, products of f, are expanded in x and u and cut
     above `order`. As x is of the first order in the past inputs, nothing of that order or below is cut, so the kernels
     are equal; above `order` they are not. order=1 is the linearization. C(states + order, order) - 1 states.
-    Refused: 0 that is no equilibrium, derivatives that are not finite, and more than 1000 states.
+    Refused: f that gives another number of states, 0 that is no equilibrium, derivatives that are not finite, and more
+    than 1000 states.
     """
     for name, size in (("states", states), ("inputs", inputs), ("order", order)):
         whole(name, size, 1)
@@ -81,6 +82,8 @@ def carleman(
         raise RealizationError(f"order {order} of {states} states takes {size} states, above {MOST_STATES}; lower it")
     n = states
     moves = _taylor(lambda w: f(w[:n], w[n:]), n + inputs, order, "f(0, 0)")
+    if len(moves) != n:
+        raise RealizationError(f"f must give the next {n} states, got {len(moves)} numbers")
     reads = _taylor(g, n, order, "g(0)")
     basis, powers = _monomials(n, order), _monomials(inputs, order)
     z_of, v_of = ({exponents: i for i, exponents in enumerate(known)} for known in (basis, powers))
@@ -136,6 +139,8 @@ def _taylor(f: Callable[[Any], Any], variables: int, order: int, origin: str) ->
 
     zero = torch.zeros(variables, dtype=torch.float64)
     values = f(zero)
+    if not isinstance(values, torch.Tensor):
+        raise RealizationError(f"{origin} must be a torch tensor, got {type(values).__name__}; compute with torch")
     if values.ndim != 1 or not bool((values.abs() <= 1e-12).all()):
         raise RealizationError(f"{origin} must be a vector of zeros, got {values.tolist()}; shift the equilibrium to 0")
     polynomials: list[Polynomial] = [{} for _ in values]

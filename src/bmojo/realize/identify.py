@@ -28,7 +28,7 @@ def ho_kalman(h: Array, n: int | None = None) -> LTI:
     hankel = np.block([[h[1 + i + j] for j in range(columns)] for i in range(rows)])
     U, s, V = np.linalg.svd(hankel, full_matrices=False)
     rank = int((s > 1e-10 * s[0]).sum())
-    n = rank if n is None else n
+    n = rank if n is None else whole("n", n, 0)
     most = min(rank, (rows - 1) * p)
     if not 1 <= n <= most:
         raise RealizationError(
@@ -97,7 +97,7 @@ def _standardised(y: Array) -> tuple[Array, Array]:
     if y.ndim != 2 or y.shape[0] < 2 or y.shape[1] < 1:
         raise RealizationError(f"a series must be [N, p], of 2 samples or more, got shape {list(y.shape)}")
     spread = y.std(0)
-    constant = np.flatnonzero(spread <= 1e-12 * np.abs(y).max())
+    constant = np.flatnonzero(spread <= 1e-12 * np.abs(y).max(0))
     if len(constant):
         raise RealizationError(f"outputs {constant.tolist()} are constant: there is nothing to predict; drop them")
     y = (y - y.mean(0)) / spread

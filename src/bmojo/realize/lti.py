@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bmojo.nn.mixer import Mixer
 
 MAX_CONDITION = 1e8
+LARGEST = 1e150  # of a number: the squares of larger ones overflow
 Array = np.ndarray
 
 
@@ -391,17 +392,24 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def numbers(name: str, value: Any) -> Array:
-    """`value` as a float64 array of its own; refused unless real and finite."""
+    """`value` as a float64 array of its own; refused unless real, finite, and small enough to be squared."""
+    array = real(name, value)
+    if not np.isfinite(array).all():
+        raise RealizationError(f"{name} must be finite, got nan or inf")
+    if np.abs(array).max(initial=0) > LARGEST:
+        raise RealizationError(f"{name} must be at most {LARGEST:g}, got {np.abs(array).max():.3g}; take other units")
+    return array
+
+
+def real(name: str, value: Any) -> Array:
+    """`value` as a float64 array of its own, with nan and inf as they are."""
     try:
         array = np.asarray(value)
         if np.iscomplexobj(array):
             raise TypeError("they are complex")
-        array = array.astype(np.float64)
+        return array.astype(np.float64)
     except (TypeError, ValueError, RuntimeError) as error:  # the last: of tensors that have a gradient
         raise RealizationError(f"{name} must be real numbers: {error}") from error
-    if not np.isfinite(array).all():
-        raise RealizationError(f"{name} must be finite, got nan or inf")
-    return array
 
 
 def _matrix(name: str, value: Any) -> Array:

@@ -23,13 +23,14 @@ from safetensors.numpy import save
 
 from bmojo.errors import CheckpointError, DataError, RealizationError
 from bmojo.files import write_whole
-from bmojo.realize.lti import LTI, MAX_CONDITION
+from bmojo.realize.lti import LTI, MAX_CONDITION, real, whole
 from bmojo.realize.video import DEFAULT_FPS
 
 FORMAT = "bmojo.texture.1"
 MEMORY = 0.9999  # the largest gain a step: 1.4 % of a mode's deviation is new in each frame, if it is not more
 MAX_FRAMES = 100_000  # of one synthesis
 SLOWEST = 1e-6  # below, rounding changes the covariance
+ROUNDING = 1e-6  # by which a brightness may be out of 0 ... 1
 ARRAYS = ("mean", "basis", "deviations", "transition")
 NUMBERS = ("fps", "noise_floor", "clip_frames", "least_squares_radius")
 
@@ -63,18 +64,20 @@ class DynamicTexture:
         values cut to MEMORY: the nearest A, in Frobenius norm there, of which the clip's own covariance P is the
         stationary one. At most one is above 1, as of P only the last frame is missing in X_1 X_1'. The
         least-squares A with Q of its residuals can be unstable, and has another P: see docs/textures.md.
-        Raises DataError if this is no video or has fewer than states + 2 frames, RealizationError if nothing moves in
-        it or it has fewer than that many independent frames.
+        Raises DataError if this is no such video or has fewer than states + 2 frames, RealizationError if nothing moves
+        in it or it has fewer than that many independent frames.
         """
-        video = np.asarray(video, dtype=float)
+        whole("states", states, 1)
+        video = real("a video", video)
         if video.ndim != 4 or video.shape[-1] not in (1, 3) or 0 in video.shape:
             raise DataError(f"a video must be [frames, height, width, 1 or 3], got {list(video.shape)}")
-        if not np.isfinite(video).all():
-            raise DataError("a video must be finite: it has nan or inf")
+        if not (video.min() >= -ROUNDING and video.max() <= 1 + ROUNDING):  # nan is neither
+            raise DataError(
+                f"the values of a video must be in 0 ... 1, got {video.min():.6g} to {video.max():.6g}; "
+                "divide bytes by 255"
+            )
         if not 0 < fps < math.inf:
             raise DataError(f"fps must be above 0, got {fps}")
-        if states < 1:
-            raise RealizationError(f"states must be at least 1, got {states}")
         length = len(video)
         if length < states + 2:
             fewer = f"use at most {length - 2} (--states), or " if length > 2 else ""
@@ -190,7 +193,7 @@ class DynamicTexture:
         if not 1 <= frames <= MAX_FRAMES:
             raise RealizationError(f"frames must be from 1 to {MAX_FRAMES:,}, got {frames:,}")
         system = self.system(speed)
-        start = np.random.default_rng([seed, 1]).standard_normal(len(system.A))  # its covariance is I
+        start = np.random.default_rng([whole("seed", seed, 0), 1]).standard_normal(len(system.A))  # its covariance is I
         return system.simulate(frames, seed, start=start)
 
     def stream(self, frames: int, speed: float = 1.0, seed: int = 0) -> Iterator[np.ndarray]:

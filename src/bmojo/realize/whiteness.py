@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bmojo.errors import ConfigError, DataError, nearest
 from bmojo.files import optional_module
+from bmojo.realize.lti import real
 
 Floats = NDArray[np.float64]
 Draw = Callable[[np.random.Generator], Floats]
@@ -88,7 +89,8 @@ def whiteness(
     correction: of m lags, 5 % fail by chance. `holm`: the chance that any of `failing` fails by chance is at most
     `level`; `bh` (Benjamini-Hochberg): of those in `failing`, at most that share is expected to.
 
-    Raises DataError for too few samples, values that are not finite, constant or dependent channels; ConfigError for
+    Raises RealizationError for what are no real numbers; DataError for too few samples, values that are not finite,
+    constant or dependent channels; ConfigError for
     settings out of range, or `fitted` with a null that can't know of it.
     Sources: Ljung and Box 1978; Hosking 1980, JASA 75; Hall and Heyde 1980; Holm 1979; Benjamini and Hochberg 1995.
     """
@@ -198,15 +200,16 @@ def _signed(z: Floats, lags: NDArray[np.int64], samples: int, block: int, random
 
 
 def _lags(lags: int | Sequence[int]) -> NDArray[np.int64]:
-    given = np.arange(1, lags + 1) if isinstance(lags, int | np.integer) else np.asarray(list(lags))
-    if not len(given) or given.dtype.kind != "i" or given[0] < 1 or (np.diff(given) < 1).any():
+    given = np.arange(1, lags + 1) if isinstance(lags, int | np.integer) else np.asarray(lags)
+    whole = given.astype(np.int64) if given.dtype.kind in "iu" and given.ndim == 1 else np.zeros(1, np.int64)
+    if not len(whole) or whole[0] < 1 or (np.diff(whole) < 1).any():
         raise ConfigError(f"lags must be a whole number of at least 1, or ascending ones, got {lags!r}")
-    return given.astype(np.int64)
+    return whole
 
 
 def _checked(e: Floats, lags: NDArray[np.int64]) -> Floats:
     """e as float64 [T, p], that can be tested at these lags."""
-    e = np.asarray(e, dtype=np.float64)
+    e = real("errors", e)
     if e.ndim != 2 or not e.shape[1]:
         raise DataError(
             f"errors must be an array [samples, channels], got one of shape {e.shape}; of one channel: e[:, None]"
@@ -221,8 +224,8 @@ def _checked(e: Floats, lags: NDArray[np.int64]) -> Floats:
     if not np.isfinite(e).all():
         row, column = np.argwhere(~np.isfinite(e))[0]
         raise DataError(f"errors must be finite, got {e[row, column]} at sample {row} of channel {column}")
-    spread = e.std(0)
-    flat = spread <= 1e-12 * np.abs(e).max(0)
+    e = e / np.maximum(np.abs(e).max(0), np.finfo(float).tiny)  # no test depends on units, but squares overflow in some
+    flat = e.std(0) <= 1e-12
     if flat.any():
         raise DataError(f"channel {int(flat.argmax())} is constant, so nothing about it can be tested; leave it out")
     smallest = np.linalg.eigvalsh(np.corrcoef(e.T).reshape(channels, channels))[0]
@@ -238,7 +241,7 @@ def _check_settings(
     fitted: int, tested: int, null: str | Draw, correction: str, level: float, samples: int, block: int
 ) -> None:
     if not callable(null) and null not in NULLS:
-        raise ConfigError(f"unknown null {null!r}; {nearest(null, NULLS)}, or a function that draws residuals")
+        raise ConfigError(f"unknown null {null!r}; {nearest(str(null), NULLS)}, or a function that draws residuals")
     if correction not in ("holm", "bh"):
         raise ConfigError(f"unknown correction {correction!r}; known: bh, holm")
     if not 0 < level < 1 or samples < 20 or block < 1:
