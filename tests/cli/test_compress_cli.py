@@ -35,6 +35,14 @@ def test_built_in_models(bmojo, text, tmp_path, model):
     assert text.read_bytes() == original
 
 
+@pytest.mark.filterwarnings("default:ignored")
+def test_a_model_that_is_not_needed_is_told(bmojo, text, tmp_path):
+    packed, back = tmp_path / "text.bmz", tmp_path / "back"
+    bmojo("compress", text, "--model", "kt", "-o", packed)
+    assert "ignored: --model and --tokenizer" in bmojo("decompress", packed, "--model", tmp_path, "-o", back)[2]
+    assert back.read_bytes() == text.read_bytes()
+
+
 def test_ctw_is_shorter_than_the_text(bmojo, text, tmp_path):
     assert bmojo("compress", text, "--model", "ctw", "-o", tmp_path / "out")[0] == 0
     assert (tmp_path / "out").stat().st_size < 400 < text.stat().st_size
@@ -97,7 +105,8 @@ def test_an_empty_file(bmojo, tmp_path, run_folder):
             0,
             f"{tmp_path / 'empty.bmz'}: 0 bytes in {(tmp_path / 'empty.bmz').stat().st_size:,}; 0.0 kB/s\n",
         )
-        bmojo("decompress", tmp_path / "empty.bmz", "--force", "--model", run_folder)
+        given = [] if model == "ctw" else ["--model", run_folder]
+        assert bmojo("decompress", tmp_path / "empty.bmz", "--force", *given)[0] == 0
         assert (tmp_path / "empty").read_bytes() == b""
 
 
@@ -120,6 +129,7 @@ def test_wrong_input(refused, text, tmp_path):
     assert "No such file" in refused("compress", tmp_path / "nothing", "--model", "kt")
     assert "no checkpoint at" in refused("compress", text, "--model", tmp_path / "nothing")
     assert "is a folder" in refused("compress", text, "--model", "kt", "-o", tmp_path)
+    assert "Is a directory" in refused("compress", ".", "--model", "kt")
     assert "can't write to the folder" in refused("compress", text, "--model", "kt", "-o", tmp_path / "no" / "out")
     assert "leave them out for kt" in refused("compress", text, "--model", "kt", "--streams", 3)
     assert not (tmp_path / "out").exists()

@@ -157,6 +157,7 @@ def test_refuses(model):
         (lambda: kalman_gap(InContext(model), task, EVALUATION, 4), "symbols or more, got 2; name the tokens of all"),
         (lambda: ctw_gap(InContext(model, range(3), 7), trees, EVALUATION, 4), r"\[4, 8, 2\], got \[4, 8, 3\]"),
         (lambda: ctw_gap(KT(), trees, EVALUATION, 1), "rows must be at least 2"),
+        (lambda: ctw_gap(model, trees, EVALUATION, 4), r"BMojoLM has neither; .*: InContext\(model, symbols"),
     ):
         with pytest.raises(UniversalError, match=message):
             call()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +52,7 @@ def compress(
     from bmojo.universal.byte_ctw import ByteCTW
     from bmojo.universal.compress import compress
 
-    out = file.with_name(file.name + SUFFIX) if out is None else out
+    out = Path(f"{file}{SUFFIX}") if out is None else out
     _require_free(out, force)
     data = file.read_bytes()
     coder: Coder
@@ -94,6 +95,10 @@ def decompress(
         head, _ = read_head(packed)
         made = head["coder"]
         if made["name"] == "ctw":
+            if model is not None or tokenizer is not None:
+                warnings.warn(
+                    f"ignored: --model and --tokenizer; {file} was made by ctw, without a model", stacklevel=1
+                )
             coder: Coder = ByteCTW(made["depth"], made["prior"])
         elif model is None:
             raise CompressionError(f"it was made by the model {made.get('fingerprint')}; give its folder: --model")

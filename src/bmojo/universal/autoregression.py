@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,9 +54,16 @@ class AR:
 
     def _shares(self, mean: NDArray, scale: NDArray, freedom: float) -> NDArray[np.float64]:
         stdtr = optional_module("scipy.special", "Student's t", "realize").stdtr
-        place = (self.edges - mean[:, None]) / scale[:, None]
-        end = np.full_like(place[:, :1], np.inf)
-        low, high = np.concatenate([-end, place], 1), np.concatenate([place, end], 1)
-        swap = low > 0  # the tail in which the difference loses nothing
-        low, high = np.where(swap, -high, low), np.where(swap, -low, high)
-        return stdtr(freedom, high) - stdtr(freedom, low)
+        return bin_shares((self.edges - mean[:, None]) / scale[:, None], partial(stdtr, freedom))
+
+
+def bin_shares(edges: NDArray[np.float64], distribution: Callable) -> NDArray[Any]:
+    """The bins' shares [..., bins] of a law that is symmetric about 0, each to full relative precision.
+
+    edges [..., bins - 1] part the bins, of which the outer ones are open; `distribution(x)` is the law's P(X <= x).
+    """
+    end = np.full_like(edges[..., :1], np.inf)
+    low, high = np.concatenate([-end, edges], -1), np.concatenate([edges, end], -1)
+    swap = low > 0  # the tail in which the difference loses nothing
+    low, high = np.where(swap, -high, low), np.where(swap, -low, high)
+    return distribution(high) - distribution(low)

@@ -39,6 +39,7 @@ MAGIC, VERSION = b"bmz", 1
 STREAMS, SHORTEST = 64, 2048  # streams of a file at most, and tokens of one at least
 _FRAME = struct.Struct("<3sBI")
 _CRC = struct.Struct("<I")
+_LONGEST = 1 << 16  # a head, in bytes: what a damaged one may say must not fill the memory
 _USUAL = (  # what zlib knows of heads
     b'{"length":,"crc32c":,"code":,"coder":{"name":"ctw","depth":6,"prior":0.5}}{"name":"bmojo","fingerprint":"",'
     b'"tokenizer":"bytes","streams":64,"context":null,"computed":{"torch":"2.13.0+cpu","processor":"x86_64 AVX512",'
@@ -82,7 +83,9 @@ def read_head(packed: bytes) -> tuple[dict[str, Any], bytes]:
     if version > VERSION:
         raise CompressionError(f"the file has format {version}, this bmojo reads up to {VERSION}; update bmojo")
     try:
-        head = json.loads(zlib.decompressobj(zdict=_USUAL).decompress(packed[_FRAME.size : _FRAME.size + size]))
+        head = json.loads(
+            zlib.decompressobj(zdict=_USUAL).decompress(packed[_FRAME.size : _FRAME.size + size], _LONGEST)
+        )
         expected = _FRAME.size + size + head["code"] + _CRC.size
     except (zlib.error, ValueError, KeyError, TypeError):
         raise CompressionError("the file is damaged or cut off within its head; get it again") from None

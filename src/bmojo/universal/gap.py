@@ -188,6 +188,11 @@ def kalman_gap(model: Any, source: BinSource, number: int, rows: int) -> Gap:
 
 def distribution(model: Any, x: NDArray[Any], symbols: int) -> Array:
     """P(x_t = s | x_<t) [batch, time, symbols] by a predictor of either kind; UniversalError if it is of others."""
+    if not hasattr(model, "distribution") and not hasattr(model, "probabilities"):
+        raise UniversalError(
+            f"a predictor has `probabilities` or `distribution`, {type(model).__name__} has neither; a language model "
+            "becomes one with the tokens of its symbols and of its start: InContext(model, symbols=(0, 1), start=2)"
+        )
     q = model.distribution(x) if hasattr(model, "distribution") else _both(model.probabilities(x))
     if q.shape != (*x.shape, symbols):
         raise UniversalError(

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bmojo.data.synthetic.task import Batch, Task, next_symbols
+from bmojo.universal.autoregression import bin_shares
 
 STATES = 4  # of the largest system; smaller ones have zeros there
 _erfc = np.frompyfunc(math.erfc, 1, 1)
@@ -112,12 +113,8 @@ class LinearGaussian(Task):
 
     def probabilities(self, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
         """[..., bins] float64: the bins' shares of N(mean, deviation^2), each to full relative precision."""
-        place = (self.edges - mean[..., None]) / deviation[..., None] / math.sqrt(2)
-        end = np.full_like(place[..., :1], np.inf)
-        low, high = np.concatenate([-end, place], -1), np.concatenate([place, end], -1)
-        swap = low > 0  # the tail in which the difference loses nothing
-        low, high = np.where(swap, -high, low), np.where(swap, -low, high)
-        return (_erfc(-high) - _erfc(-low)).astype(np.float64) / 2
+        edges = (self.edges - mean[..., None]) / deviation[..., None] / math.sqrt(2)
+        return bin_shares(edges, lambda x: _erfc(-x)).astype(np.float64) / 2
 
     def _systems(self, draw: np.random.Generator, rows: int) -> Systems:
         states = draw.integers(2, STATES + 1, rows)
