@@ -12,6 +12,7 @@ from bmojo.errors import BMojoError, UniversalError
 from bmojo.universal import CTW, KT, SolomonoffTable, enumeration, table
 from bmojo.universal.enumeration import Counts, count, count_plainly
 from bmojo.universal.machine import MACHINES, BrainPhoque, Machine, Run
+from bmojo.universal.plot import table_picture
 
 BUILDS = st.builds(
     SolomonoffTable.build,
@@ -316,3 +317,8 @@ def test_without_numba_plain_python_answers_for_small_depths(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     with pytest.raises(BMojoError, match=r"a table of depth above 6 needs the package numba.*bmojo\[universal\]"):
         SolomonoffTable.build(n_bits=4, depth=7)
+
+
+def test_the_picture_of_several_tables_has_its_name():
+    tables = [SolomonoffTable.build("bp6", 4, depth) for depth in (2, 3)]
+    assert table_picture(tables).name == "table"

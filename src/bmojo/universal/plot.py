@@ -15,8 +15,8 @@ TREE = 5  # bits
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 
 
-def table_picture(tables: Sequence[SolomonoffTable], name: str = "table") -> Picture:
-    """Four panels of the deepest of the tables; the others, of lower depth, show how it converges.
+def table_picture(tables: Sequence[SolomonoffTable]) -> Picture:
+    """The picture "table": four panels of the deepest of the tables; the others, of lower depth, show how it converges.
 
     Raises UniversalError for tables that differ in more than their depth, or not in it.
     """
@@ -42,7 +42,7 @@ def table_picture(tables: Sequence[SolomonoffTable], name: str = "table") -> Pic
         f"{table.steps:,} steps from one to the next, strings of {table.n_bits} bits."
     )
     figure.suptitle(caption, fontsize=10)
-    return make_picture(figure, axes, name, caption)
+    return make_picture(figure, axes, "table", caption)
 
 
 def _ranks(axis, table: SolomonoffTable) -> None:
