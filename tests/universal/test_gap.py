@@ -1,8 +1,5 @@
 """Gaps: exact where they are sums, unbiased where they are sampled, and zero for the reference itself."""
 
-from dataclasses import dataclass
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -16,25 +13,28 @@ from bmojo.hf import BMojoConfig, BMojoForCausalLM
 from bmojo.nn.model import BMojoLM
 from bmojo.universal.autoregression import AR
 from bmojo.universal.ctw import CTW
+from bmojo.universal.enumeration import Counts
 from bmojo.universal.gap import InContext, Uniform, ctw_gap, kalman_gap, solomonoff_gap
 from bmojo.universal.kt import KT
 from bmojo.universal.table import SolomonoffTable
 
 
-@dataclass
-class Counts:
-    """A table of random counts: any semimeasure on `n_bits` bits."""
+def table_of(levels):
+    """A table with these counts of all strings of 0, 1 ... bits."""
+    n_bits = len(levels) - 1
+    counts = Counts.none(n_bits)
+    counts.first[1:] = np.concatenate(levels)
+    return SolomonoffTable("bp7", "", 7, n_bits, 1, 1, counts)
 
-    n_bits: int
-    seed: int
 
-    def levels(self):
-        draw, levels = np.random.default_rng(self.seed), [np.array([10**6], np.uint64)]
-        for _ in range(self.n_bits):
-            parent = np.repeat(levels[-1], 2).astype(float).reshape(-1, 2)
-            share = draw.dirichlet([0.3, 0.3, 0.3], len(parent))[:, :2]
-            levels.append((parent * share).ravel().astype(np.uint64))
-        return levels
+def random_table(n_bits, seed):
+    """Of any semimeasure on `n_bits` bits."""
+    draw, levels = np.random.default_rng(seed), [np.array([10**6], np.uint64)]
+    for _ in range(n_bits):
+        parent = np.repeat(levels[-1], 2).astype(float).reshape(-1, 2)
+        share = draw.dirichlet([0.3, 0.3, 0.3], len(parent))[:, :2]
+        levels.append((parent * share).ravel().astype(np.uint64))
+    return table_of(levels)
 
 
 class Known:
@@ -78,7 +78,7 @@ def literal_gap(model, table):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 7), st.integers(0, 2**31), st.integers(0, 2**31))
 def test_the_gap_is_zero_for_the_table_and_positive_for_others(n_bits, seed, other):
-    table = Counts(n_bits, seed)
+    table = random_table(n_bits, seed)
     own = solomonoff_gap(Known(table), table)
     np.testing.assert_allclose(own.positions, 0, atol=1e-12)
     q = 0.001 + 0.998 * np.random.default_rng(other).random(n_bits)
@@ -109,9 +109,9 @@ def test_gaps_as_they_were_first_measured():
 
 
 def test_what_a_model_rules_out_costs_infinity():
-    table = SimpleNamespace(n_bits=1, levels=lambda: [np.array([4]), np.array([1, 3])])
+    table = table_of([[4], [1, 3]])
     assert solomonoff_gap(Fixed(np.array([0.0, 1.0])), table).total == np.inf
-    table.levels = lambda: [np.array([4]), np.array([0, 3])]
+    table = table_of([[4], [0, 3]])
     assert solomonoff_gap(Fixed(np.array([0.0, 1.0])), table).total == 0
 
 

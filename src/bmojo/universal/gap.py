@@ -19,16 +19,9 @@ from numpy.typing import NDArray
 
 from bmojo.errors import UniversalError
 from bmojo.universal.ctw import CTW
+from bmojo.universal.table import SolomonoffTable
 
 Array = NDArray[np.float64]
-
-
-class Table(Protocol):
-    """What is asked of a `SolomonoffTable`."""
-
-    n_bits: int
-
-    def levels(self) -> Sequence[NDArray[np.uint64]]: ...
 
 
 class BitSource(Protocol):
@@ -136,27 +129,21 @@ class Uniform:
         return np.full(x.shape, 0.5)
 
 
-def solomonoff_gap(model: Any, table: Table) -> Gap:
+def solomonoff_gap(model: Any, table: SolomonoffTable) -> Gap:
     """sum_t E KL(M_norm(. | x_<t) || q(. | x_<t)), exact: the sum over all strings that M gives any mass.
 
     M_norm(b | s) = M(sb) / (M(s0) + M(s1)). Where no program of the table goes on, neither has mass, and M_norm is
     uniform: such a string costs its reference a bit a position and a model the more, the less uniform it is there.
     The model reads each prefix once, in as few strings as hold them all.
     """
-    n, levels = table.n_bits, table.levels()
-    weights, conditionals = [np.ones(1)], []
-    for level in levels[1:]:
-        pair = np.asarray(level, np.float64).reshape(-1, 2)
-        mass = pair.sum(1, keepdims=True)
-        conditionals.append(np.divide(pair, mass, out=np.full_like(pair, 0.5), where=mass > 0))
-        weights.append((weights[-1][:, None] * conditionals[-1]).ravel())
+    n, weights = table.n_bits, table.measures
     visited = [np.flatnonzero(weight) for weight in weights[:n]]
     # a string is a number, its first bit highest; one that reads a prefix goes on with zeros
     strings = np.unique(np.concatenate([prefix << (n - t) for t, prefix in enumerate(visited)]))
     q = distribution(model, (strings[:, None] >> np.arange(n - 1, -1, -1) & 1).astype(np.uint8), 2)
     positions, reference = np.zeros(n), np.zeros(n)
     for t, prefix in enumerate(visited):
-        p, weight = conditionals[t][prefix], weights[t][prefix]
+        p, weight = _both(table.predictions[t][prefix]), weights[t][prefix]
         entropy = _cross_entropy(p, p)
         reference[t] = weight @ entropy
         positions[t] = weight @ (_cross_entropy(p, q[np.searchsorted(strings, prefix << (n - t)), t]) - entropy)
